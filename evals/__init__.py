@@ -1,0 +1,1 @@
+"""Accuracy and latency together: tasks, embedded models, one runner and its reports."""

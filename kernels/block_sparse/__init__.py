@@ -1,0 +1,17 @@
+"""Attention over chosen blocks of keys: the plan types, the key views and one function that runs them."""
+
+from accel.kernels.block_sparse.keys import ContiguousKeys, KeyView, PagedKeys
+from accel.kernels.block_sparse.plan import BlockPlan, ImplicitPlan, ListPlan, VerticalSlashPlan
+from accel.kernels.block_sparse.ragged import Ragged, Rows
+
+__all__ = [
+    "BlockPlan",
+    "ContiguousKeys",
+    "ImplicitPlan",
+    "KeyView",
+    "ListPlan",
+    "PagedKeys",
+    "Ragged",
+    "Rows",
+    "VerticalSlashPlan",
+]

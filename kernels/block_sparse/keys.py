@@ -1,0 +1,163 @@
+"""Keys and values of a batch, whatever memory they lie in: contiguous, inside a static cache, or in pages (design.md §3)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+
+class KeyView(ABC):
+    """The keys and values of B sequences. Methods and executors read them only through this class.
+
+    Sequence b holds tokens 0 … kv_len[b] − 1; block j of it holds tokens j·b … min((j + 1)·b, kv_len) − 1.
+    """
+
+    layout: ClassVar[Literal["contiguous", "paged"]]
+    kv_len: Tensor          # (B,) int64
+
+    @property
+    @abstractmethod
+    def storage(self) -> Tensor:
+        """The tensor that holds the keys, (..., Hkv, D)."""
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.storage.shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.storage.shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    @abstractmethod
+    def tokens(self, b: int) -> tuple[Tensor, Tensor]:
+        """K and V of sequence b, each (Hkv, N, D): views where memory allows it, otherwise one gathered copy."""
+
+    @abstractmethod
+    def gather(self, b: int, blocks: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        """K and V of some key blocks of sequence b, each (Hkv, len(blocks)·block_size, D); rows past the end are zero.
+
+        blocks: (n,) int64 block indices, the same for every KV head.
+        """
+
+    def block_mean(self, b: int, block_size: int) -> Tensor:
+        """Mean key of each block over its valid tokens, (Hkv, nk, D) fp32. sparse-attention.md §2.6."""
+        keys, _ = self.tokens(b)
+        n_heads, n, dim = keys.shape
+        nk = -(-n // block_size)
+        full = n // block_size
+        means = torch.empty(n_heads, nk, dim, dtype=torch.float32, device=keys.device)
+        means[:, :full] = keys[:, : full * block_size].unflatten(1, (full, block_size)).mean(2, dtype=torch.float32)
+        if nk > full:
+            means[:, full] = keys[:, full * block_size :].mean(1, dtype=torch.float32)
+        return means
+
+
+@dataclass(frozen=True)
+class ContiguousKeys(KeyView):
+    """Keys in one (tokens, Hkv, D) view, sequence b from row `start[b]` on. Also a static cache, and left padding.
+
+    k, v: last stride 1. Never copied here; a cache of shape (B, Hkv, n, D) becomes such a view through `from_cache`.
+    """
+
+    k: Tensor
+    v: Tensor
+    start: Tensor           # (B,) int64
+    kv_len: Tensor          # (B,) int64
+
+    layout = "contiguous"
+
+    @property
+    def storage(self) -> Tensor:
+        return self.k
+
+    def __post_init__(self) -> None:
+        for name, t in (("k", self.k), ("v", self.v)):
+            if t.dim() != 3 or t.stride(-1) != 1:
+                raise ValueError(f"{name} must be (tokens, heads, head_dim) with last stride 1, got shape {tuple(t.shape)}, strides {t.stride()}")
+
+    @classmethod
+    def from_cache(cls, k: Tensor, v: Tensor, *, start: Tensor | None = None, kv_len: Tensor | None = None) -> ContiguousKeys:
+        """View of a (B, Hkv, n, D) cache, of which sequence b uses tokens start[b] … start[b] + kv_len[b] − 1 (default: all n)."""
+        batch, _, n, _ = k.shape
+        begin = torch.zeros(batch, dtype=torch.int64, device=k.device) if start is None else start
+        length = torch.full((batch,), n, dtype=torch.int64, device=k.device) if kv_len is None else kv_len
+        (k_flat, k_pitch), (v_flat, v_pitch) = token_major(k.transpose(1, 2)), token_major(v.transpose(1, 2))
+        if k_pitch != v_pitch:
+            raise ValueError(f"k and v need the same memory layout, got strides {k.stride()} and {v.stride()}")
+        return cls(k=k_flat, v=v_flat, start=begin + torch.arange(batch, device=k.device) * k_pitch, kv_len=length)
+
+    def tokens(self, b: int) -> tuple[Tensor, Tensor]:
+        rows = slice(int(self.start[b]), int(self.start[b]) + int(self.kv_len[b]))
+        return self.k[rows].transpose(0, 1), self.v[rows].transpose(0, 1)
+
+    def gather(self, b: int, blocks: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        token = (blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)).flatten()
+        valid = token < self.kv_len[b]
+        row = torch.where(valid, token + self.start[b], self.start[b])
+        k, v = (t.index_select(0, row).mul_(valid[:, None, None]).transpose(0, 1) for t in (self.k, self.v))
+        return k, v
+
+
+@dataclass(frozen=True)
+class PagedKeys(KeyView):
+    """Keys in pages, as vLLM keeps them: page p of sequence b is `page_table[b, p]`.
+
+    k_pages, v_pages: (pages, page_size, Hkv, D) views, any strides. vLLM's CPU cache keeps K transposed inside a page; pass
+    its (pages, Hkv, D, page_size) tensor as `k.permute(0, 3, 1, 2)`: only strides differ, nothing is copied.
+    """
+
+    k_pages: Tensor
+    v_pages: Tensor
+    page_table: Tensor      # (B, max_pages) int32
+    kv_len: Tensor          # (B,) int64
+
+    layout = "paged"
+
+    @property
+    def storage(self) -> Tensor:
+        return self.k_pages
+
+    @property
+    def page_size(self) -> int:
+        return self.k_pages.shape[1]
+
+    def tokens(self, b: int) -> tuple[Tensor, Tensor]:
+        n = int(self.kv_len[b])
+        pages = self.page_table[b, : -(-n // self.page_size)].long()
+        # (pages, page_size, Hkv, D) -> (Hkv, N, D)
+        k, v = (t.index_select(0, pages).flatten(0, 1)[:n].transpose(0, 1) for t in (self.k_pages, self.v_pages))
+        return k, v
+
+    def gather(self, b: int, blocks: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        token = (blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)).flatten()
+        valid = token < self.kv_len[b]
+        token = torch.where(valid, token, 0)
+        page, slot = self.page_table[b, token // self.page_size].long(), token % self.page_size
+        k, v = (t[page, slot].mul_(valid[:, None, None]).transpose(0, 1) for t in (self.k_pages, self.v_pages))
+        return k, v
+
+
+def token_major(x: Tensor) -> tuple[Tensor, int]:
+    """(B, n, H, D) as one (tokens, H, D) view and the number of rows between two sequences. Raises where only a copy would do.
+
+    A (B, H, n, D) cache transposed to (B, n, H, D) qualifies: its token stride is D, so that the next sequence starts H·n rows later.
+    """
+    batch, n, heads, dim = x.shape
+    token_stride = x.stride(1) if n > 1 else max(x.stride(1), dim)
+    pitch, rest = divmod(x.stride(0), token_stride) if batch > 1 else (0, 0)
+    if x.stride(3) != 1 or rest:
+        raise ValueError(f"no (tokens, heads, head_dim) view of shape {tuple(x.shape)} with strides {x.stride()}: call .contiguous() first")
+    view = x.as_strided(((batch - 1) * pitch + n, heads, dim), (token_stride, x.stride(2), 1))
+    return view, pitch

@@ -1,0 +1,148 @@
+"""Which key blocks each block of queries reads: three encodings behind one class (design.md §4).
+
+Query blocks and key blocks are the same `block_size` tokens and lie on the grid that starts at position 0 of each sequence.
+A plan never lists a block twice and never one above the diagonal; causality inside the diagonal block is the executor's.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel.kernels.block_sparse.ragged import Ragged, Rows
+
+
+class BlockPlan(ABC):
+    """The tiles to compute. `block_mask` is the definition; executors may read the encoding itself."""
+
+    block_size: int
+
+    @abstractmethod
+    def block_mask(self, rows: Rows) -> Tensor:
+        """Tiles of one sequence, (Hq, nq, nk) bool; (1, nq, nk) where every head has the same. True only at or below the diagonal."""
+
+    def density(self, lens: Ragged, n_heads: int) -> float:
+        """Share of the causal tiles that the plan computes, over all sequences and heads. 1.0 for a dense run."""
+        active = total = 0
+        for rows in lens.rows():
+            mask = self.block_mask(rows)
+            active += int(mask.sum()) * (n_heads // mask.shape[0])
+            total += rows.causal_tiles(self.block_size) * n_heads
+        return active / total if total else 1.0
+
+
+def causal_blocks(rows: Rows, block_size: int, device: torch.device | str = "cpu") -> Tensor:
+    """Block distances i − j of one sequence, (nq, nk) int64; negative above the diagonal."""
+    i = torch.arange(rows.query_blocks(block_size), device=device) + rows.first_block(block_size)
+    return i[:, None] - torch.arange(rows.key_blocks(block_size), device=device)
+
+
+@dataclass(frozen=True)
+class ImplicitPlan(BlockPlan):
+    """Sink, window and power-of-two distances, the same for every head and input: nothing is stored (sparse-attention.md §3.2).
+
+    `window_blocks` counts the own block. `powers=False` leaves sink and window. `max_power` m keeps distances up to 2^m.
+    A window of at least nk blocks is the dense plan: `ImplicitPlan.dense(block_size)`.
+    """
+
+    block_size: int
+    window_blocks: int
+    sink_blocks: int = 1
+    powers: bool = True
+    max_power: int | None = None
+
+    @classmethod
+    def dense(cls, block_size: int) -> ImplicitPlan:
+        return cls(block_size=block_size, window_blocks=2**31, sink_blocks=0, powers=False)
+
+    def block_mask(self, rows: Rows) -> Tensor:
+        distance = causal_blocks(rows, self.block_size)
+        keep = distance < self.window_blocks
+        keep[:, : self.sink_blocks] = True
+        if self.powers:
+            power = (distance > 0) & (distance & (distance - 1) == 0)
+            keep |= power if self.max_power is None else power & (distance <= 2**self.max_power)
+        return (keep & (distance >= 0))[None]
+
+    def row_blocks(self, i: int) -> list[int]:
+        """Key blocks of query block i, ascending, without duplicates (sparse-attention.md §3.3)."""
+        start = max(0, i - self.window_blocks + 1)
+        powers = []
+        if self.powers:
+            # distances 2^m past the window; far blocks first, so that keys ascend
+            top = i.bit_length() if self.max_power is None else min(i.bit_length(), self.max_power + 1)
+            powers = [i - 2**m for m in reversed(range(top)) if self.sink_blocks <= i - 2**m < start]
+        return [*range(min(self.sink_blocks, start)), *powers, *range(start, i + 1)]
+
+
+@dataclass(frozen=True)
+class VerticalSlashPlan(BlockPlan):
+    """Columns and diagonals per head: tile (i, j) runs iff j ≤ i and (vertical[j] or slash[i − j] or extra[i, j]).
+
+    vertical, slash: (B, Hq, nk) bool, nk the most key blocks of the batch; entries past a sequence's end are ignored.
+    extra: (B, Hq, nq, nk) bool or None, nq the most query blocks: the tiles of query-aware heads beside the lines (§2.7).
+    """
+
+    block_size: int
+    vertical: Tensor
+    slash: Tensor
+    extra: Tensor | None = None
+
+    def block_mask(self, rows: Rows) -> Tensor:
+        distance = causal_blocks(rows, self.block_size, self.vertical.device)
+        nq, nk = distance.shape
+        vertical, slash = self.vertical[rows.index, :, :nk], self.slash[rows.index, :, :nk]
+        keep = vertical[:, None] | slash[:, distance.clamp_min(0)]
+        if self.extra is not None:
+            keep = keep | self.extra[rows.index, :, :nq, :nk]
+        return keep & (distance >= 0)
+
+
+@dataclass(frozen=True)
+class ListPlan(BlockPlan):
+    """FlexAttention's BlockMask layout: per row, how many key blocks need a mask or none, and which.
+
+    mask_count, full_count: (B, Hq, nq) int32. mask_index, full_index: (B, Hq, nq, capacity) int32, the first `count` entries valid,
+    ascending, without duplicates. A masked block is one that holds the diagonal; a full block lies wholly below it.
+    """
+
+    block_size: int
+    mask_count: Tensor
+    mask_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
+
+    @classmethod
+    def from_mask(cls, masks: list[Tensor], lens: Ragged, block_size: int, *, capacity: int | None = None) -> ListPlan:
+        """Lists of the given tiles; masks[b] (Hq, nq, nk) bool. A row with more than `capacity` blocks raises: nothing is dropped."""
+        all_rows = list(lens.rows())
+        n_heads = masks[0].shape[0]
+        nq = max(r.query_blocks(block_size) for r in all_rows)
+        longest = max(int(m.sum(-1).max()) for m in masks)
+        width = longest if capacity is None else capacity
+        if longest > width:
+            raise ValueError(f"a row lists {longest} key blocks, but the capacity is {width}")
+        shape = (len(masks), n_heads, nq)
+        counts = [torch.zeros(shape, dtype=torch.int32) for _ in range(2)]
+        indices = [torch.zeros(*shape, max(width, 1), dtype=torch.int32) for _ in range(2)]
+        for rows, mask in zip(all_rows, masks, strict=True):
+            distance = causal_blocks(rows, block_size)
+            n = distance.shape[0]
+            for count, index, part in zip(counts, indices, (mask & (distance == 0), mask & (distance > 0)), strict=True):
+                count[rows.index, :, :n] = part.sum(-1, dtype=torch.int32)
+                # a stable sort brings the kept blocks to the front, ascending
+                order = part.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :width]
+                index[rows.index, :, :n, : order.shape[-1]] = order.to(torch.int32)
+        return cls(block_size, counts[0], indices[0], counts[1], indices[1])
+
+    def block_mask(self, rows: Rows) -> Tensor:
+        distance = causal_blocks(rows, self.block_size, self.mask_count.device)
+        nq, nk = distance.shape
+        keep = torch.zeros(self.mask_count.shape[1], nq, nk, dtype=torch.int32, device=distance.device)
+        for count, index in ((self.mask_count, self.mask_index), (self.full_count, self.full_index)):
+            valid = torch.arange(index.shape[-1], device=index.device) < count[rows.index, :, :nq, None]
+            keep.scatter_add_(-1, index[rows.index, :, :nq].long(), valid.to(torch.int32))
+        return (keep > 0) & (distance >= 0)

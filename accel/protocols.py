@@ -147,7 +147,8 @@ class AttentionContext:
     lens: Ragged
     scale: float                                        # the layer's own softmax scale
     softcap: float | None = None
-    state: MutableMapping[str, Any] | None = None       # per (sequence batch, layer), lives and dies with the cache; None where the host keeps none
+    # per (sequence batch, layer), lives and dies with the cache; None where the host keeps none
+    state: MutableMapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +162,7 @@ class SparseAttention(Method):
     """
 
     kind: ClassVar[str] = "sparse_attention"
+    trainable: ClassVar[bool] = False               # whether gradients flow through the attention it plans
 
     min_seq_len: int | None = None
     dense_layers: tuple[int, ...] = ()

@@ -1,0 +1,141 @@
+"""The handle that `accel.apply` returns: an undo log, counters, and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from accel.protocols import Method
+from accel.stats import Stats
+
+_MISSING = object()
+
+
+class Handle:
+    """What was changed on a model, and the way back. Use it as a context manager, or call `undo()`.
+
+    methods: what is applied, in order. stats: counters since `apply` or `stats.reset()`.
+    """
+
+    def __init__(self, methods: Sequence[Method], host: str) -> None:
+        self.methods = tuple(methods)
+        self.host = host
+        self.stats = Stats()
+        self.patched_layers: list[int] = []
+        self.skipped_layers: dict[int, str] = {}
+        self.notices: list[str] = []
+        self.is_active = False
+        self._undo_log: list[Callable[[], None]] = []
+        self._switches: list[Callable[[bool], None]] = []
+        self._observers: list[Callable[..., None]] = []
+
+    # --- for hosts ------------------------------------------------------------------------------------------------------------
+
+    def set_attr(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an instance attribute, remembering the old object or that there was none."""
+        old = vars(owner).get(name, _MISSING)
+
+        def restore() -> None:
+            if old is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
+
+        self.on_undo(restore)
+        setattr(owner, name, value)
+
+    def on_undo(self, step: Callable[[], None]) -> None:
+        """Adds a step to the undo log; steps run newest first."""
+        self._undo_log.append(step)
+
+    def on_pause(self, switch: Callable[[bool], None]) -> None:
+        """Registers `switch(is_on)`, called when the methods are paused and resumed."""
+        self._switches.append(switch)
+
+    def notify(self, **event: Any) -> None:
+        """Tells the observers of one sparse call."""
+        for observer in self._observers:
+            observer(**event)
+
+    # --- for users ------------------------------------------------------------------------------------------------------------
+
+    def undo(self) -> None:
+        """Gives back the same objects, newest change first. May be called twice; all steps run even when one of them fails."""
+        errors = []
+        while self._undo_log:
+            step = self._undo_log.pop()
+            try:
+                step()
+            except Exception as error:  # collected and raised below: one failing step must not keep the others from running
+                errors.append(error)
+        self.is_active = False
+        self._switches.clear()
+        if errors:
+            raise ExceptionGroup("undo could not restore everything", errors)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Runs the model as it was, for an A/B comparison without undoing."""
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(True)
+
+    def _switch(self, is_on: bool) -> None:
+        for switch in self._switches:
+            switch(is_on)
+
+    @contextmanager
+    def observe(self, observer: Callable[..., None]) -> Iterator[None]:
+        """Calls `observer(step=AttentionStep, plan=BlockPlan, lens=Ragged)` after each sparse attention call."""
+        self._observers.append(observer)
+        try:
+            yield
+        finally:
+            self._observers.remove(observer)
+
+    def report(self) -> str:
+        """What was patched, what was skipped and why, what ran, in a few lines."""
+        total = self.stats.total
+        names = ", ".join(_describe(m) for m in self.methods)
+        n_layers = len(self.patched_layers) + len(self.skipped_layers)
+        state = "patched" if self.is_active else "patched (undone)"
+        lines = [f"{names} on {self.host}: {len(self.patched_layers)} of {n_layers} layers {state}"]
+        lines += [f"skipped {_ranges(layers)}: {reason}" for reason, layers in _by_reason(self.skipped_layers).items()]
+        lines += self.notices
+        sparse = f"{total.sparse_calls} sparse" + (f" (density {self.stats.density:.2f})" if self.stats.density is not None else "")
+        dense = [f"{count} dense ({reason})" for reason, count in total.dense_calls.most_common()]
+        lines.append("calls: " + ", ".join([sparse, *dense]))
+        return "\n".join(lines)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
+
+def _describe(method: Method) -> str:
+    options = ", ".join(f"{name}={value!r}" for name, value in method.changed_options().items())
+    return f"{method.method_name()}({options})" if options else method.method_name()
+
+
+def _by_reason(skipped: dict[int, str]) -> dict[str, list[int]]:
+    grouped: dict[str, list[int]] = {}
+    for layer, reason in sorted(skipped.items()):
+        grouped.setdefault(reason, []).append(layer)
+    return grouped
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] → "0–2, 5"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)

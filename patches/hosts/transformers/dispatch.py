@@ -1,0 +1,107 @@
+"""The attention function that transformers calls for every layer of a patched model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from accel.errors import UnsupportedError
+from accel.patches.hosts.transformers import op as _op  # noqa: F401 - registers the operators
+from accel.patches.hosts.transformers.applicability import why_dense
+from accel.patches.hosts.transformers.attend import why_method_dense
+from accel.patches.hosts.transformers.layers import LAYERS, SLOT, Slot, call_original, original_attention
+from accel.patches.hosts.transformers.masks import LazyMask, mask_function_for
+
+PREFIX = "accel"
+
+
+def dispatcher_name(original: str) -> str:
+    """Our implementation name in front of `original`: the name alone says how to run dense, also on a copy that lost its state.
+
+    transformers treats names with "flash" or "/" in a special way, hence the replacements.
+    """
+    return f"{PREFIX}_{original.replace('flash', 'fa').replace('/', '--')}"
+
+
+def register(original: str) -> str:
+    """Registers dispatcher and mask function in front of `original`, once, and returns their name."""
+    name = dispatcher_name(original)
+    if name not in _ORIGINALS:
+        _ORIGINALS[name] = original
+        AttentionInterface.register(name, dispatcher_for(original))
+        AttentionMaskInterface.register(name, mask_function_for(original))
+    return name
+
+
+_ORIGINALS: dict[str, str] = {}
+
+
+def original_of(name: str) -> str | None:
+    """The implementation behind one of our names; None for any other name."""
+    return _ORIGINALS.get(name)
+
+
+def dispatcher_for(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The dispatcher in front of `original`."""
+
+    def accel_attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        slot: Slot | None = getattr(module, SLOT, None)
+        if slot is None or slot.key not in LAYERS or not slot.is_on:
+            return _run_original(original, module, query, key, value, attention_mask, scaling, kwargs)
+        reason = why_dense(module, query, key, value, attention_mask, kwargs)
+        if reason is None and not torch.compiler.is_compiling():
+            reason = _why_dense_now(slot, query, key, attention_mask)
+        if reason is not None:
+            if torch.compiler.is_compiling():
+                torch.ops.accel.count_dense(slot.ticks, slot.key, reason)
+            else:
+                LAYERS[slot.key].stats.dense_calls[reason] += 1
+            return _run_original(original, module, query, key, value, attention_mask, scaling, kwargs)
+        valid, live_offset, offset = _where(query, key, attention_mask)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return torch.ops.accel.attention(query, key, value, valid, live_offset, offset, slot.key, scale, kwargs.get("softcap")), None
+
+    return accel_attention
+
+
+def _why_dense_now(slot: Slot, query: Tensor, key: Tensor, mask: Any) -> str | None:
+    """The method's own reasons, asked ahead so that the dense path can share one mask among all layers.
+
+    With `dense_kernel="gemm"` the operator runs dense calls as well, hence no reason here.
+    """
+    state = LAYERS[slot.key]
+    if state.method.dense_kernel == "gemm" and query.device.type == "cpu":
+        return None
+    kv_len = int(mask.q_offset) + query.shape[2] if isinstance(mask, LazyMask) else key.shape[2]
+    return why_method_dense(state, query, kv_len)
+
+
+def _where(query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor | None, Tensor | None, int]:
+    """Valid keys, a static cache's live offset, and the offset of the first query where it is a plain number."""
+    n, length = key.shape[2], query.shape[2]
+    if isinstance(mask, LazyMask):
+        if isinstance(mask.q_offset, Tensor):
+            return mask.valid_keys(n), mask.q_offset, 0
+        return mask.valid_keys(n), None, mask.q_offset
+    if isinstance(mask, Tensor):
+        # (B, 1, 1, n): the one query is the last valid key
+        valid = mask[:, 0, 0]
+        last = (n - valid.flip(1).to(torch.int8).argmax(1)).amax() - 1
+        return valid.expand(query.shape[0], -1), last, 0
+    return None, None, n - length
+
+
+def _run_original(
+    original: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    function = original_attention(module, original)
+    if function is None:
+        raise UnsupportedError(f"{type(module).__name__} has no {original!r} attention to fall back to")
+    built = mask.build() if isinstance(mask, LazyMask) else mask
+    return call_original(function, module, query, key, value, built, scaling=scaling, kwargs=kwargs)

@@ -1,0 +1,159 @@
+"""The way on and off a Hugging Face model (transformers-integration.md §8)."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from accel.errors import PatchError, UnsupportedError
+from accel.handle import Handle
+from accel.protocols import Method, ModelInfo, SparseAttention
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ACCEPTS = "a transformers PreTrainedModel, or one wrapped by PEFT"
+
+
+def matches(model: Any) -> bool:
+    """Whether `model` is a transformers model, bare or inside PEFT. Loads nothing that is not loaded already."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None:
+        return False
+    return isinstance(_unwrapped(model), transformers.PreTrainedModel)
+
+
+def refusals(method: Method) -> list[str]:
+    """Why this host cannot run a method at all."""
+    if isinstance(method, SparseAttention):
+        return []
+    return [f"the transformers host does not run {method.kind.replace('_', ' ')} methods yet"]
+
+
+def describe(model: Any) -> ModelInfo:
+    """The text decoder's sizes as methods see them."""
+    from accel.patches.hosts.transformers.layers import attention_modules
+
+    base = _unwrapped(model)
+    decoder = _decoder(base)
+    text = base.config.get_text_config(decoder=True)
+    n_layers = int(getattr(text, "num_hidden_layers", 0))
+    n_heads = int(getattr(text, "num_attention_heads", 0))
+    modules = attention_modules(decoder)
+    head_dim = getattr(modules[0], "head_dim", None) if modules else None
+    return ModelInfo(
+        family=base.config.model_type,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=int(getattr(text, "num_key_value_heads", None) or n_heads),
+        head_dim=int(head_dim or getattr(text, "head_dim", None) or text.hidden_size // max(n_heads, 1)),
+        layer_types=tuple(_layer_type(text, i) for i in range(n_layers)),
+        device=base.device.type,
+        dtype=str(base.dtype).removeprefix("torch."),
+        max_positions=getattr(text, "max_position_embeddings", None),
+        has_vision=hasattr(base.config, "vision_config"),
+        fingerprint=lambda: fingerprint(base),
+    )
+
+
+def attach(model: Any, methods: Sequence[Method], info: ModelInfo, handle: Handle) -> None:
+    """Puts the sparse-attention method into every attention layer of the text decoder. All changes go through `handle`."""
+    from accel.patches.hosts.transformers.layers import attention_modules
+
+    base = _unwrapped(model)
+    decoder = _decoder(base)
+    modules = attention_modules(decoder)
+    _refuse_unpatchable(base, decoder, modules)
+    for method in methods:
+        if isinstance(method, SparseAttention):
+            _patch_attention(base, modules, method, info, handle)
+
+
+def _patch_attention(base: nn.Module, modules: list[nn.Module], method: SparseAttention, info: ModelInfo, handle: Handle) -> None:
+    from accel.patches.hosts.transformers.dispatch import original_of, register
+    from accel.patches.hosts.transformers.implementation import switch_implementation
+    from accel.patches.hosts.transformers.layers import SLOT, LayerState, Slot, add_layer, original_attention, remove_layer
+
+    slots = []
+    for module in modules:
+        current: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]
+        original = original_of(current) or current
+        function = original_attention(module, original)
+        if function is None:
+            raise UnsupportedError(f"{type(module).__name__} runs {original!r}, which accel cannot call as a fallback")
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        state = LayerState(
+            method=method, module=weakref.ref(module), layer=layer, info=info, original=original,
+            original_function=function, handle=handle, skip_reason=_why_skipped(module, info, layer),
+        )  # fmt: skip
+        slot = Slot(add_layer(state))
+        slots.append(slot)
+        handle.on_undo(partial(remove_layer, slot.key))
+        handle.set_attr(module, SLOT, slot)
+        switch_implementation(module.config, register(original), handle)
+        if state.skip_reason is None:
+            handle.patched_layers.append(layer)
+        else:
+            handle.skipped_layers[layer] = state.skip_reason
+        # a model thrown away while patched must not leave its state behind
+        weakref.finalize(module, remove_layer, slot.key)
+
+    def switch(is_on: bool) -> None:
+        for slot in slots:
+            slot.is_on = is_on
+
+    handle.on_pause(switch)
+
+
+def _why_skipped(module: nn.Module, info: ModelInfo, layer: int) -> str | None:
+    kind = info.layer_types[layer] if layer < len(info.layer_types) else "full_attention"
+    if kind == "sliding_attention" or (getattr(module, "sliding_window", None) is not None and getattr(module, "is_sliding", True)):
+        return "sliding window"
+    if kind != "full_attention":
+        return kind.replace("_", " ")
+    return None if getattr(module, "is_causal", True) else "attention is not causal"
+
+
+def _refuse_unpatchable(base: nn.Module, decoder: nn.Module, modules: list[nn.Module]) -> None:
+    from accel.patches.hosts.transformers.layers import LAYERS, SLOT
+
+    if not modules:
+        classes = sorted({type(m).__name__ for m in decoder.modules() if "attention" in type(m).__name__.lower()})
+        raise UnsupportedError(
+            f"{type(base).__name__} does not use transformers' attention interface, so its attention cannot be replaced",
+            [f"attention classes found: {', '.join(classes) or 'none'}"],
+        )
+    for module in modules:
+        slot = getattr(module, SLOT, None)
+        if slot is not None and slot.key in LAYERS:
+            name = LAYERS[slot.key].method.method_name()
+            raise PatchError(f"this {type(base).__name__} is patched already, with {name}; call undo() on its handle first")
+
+
+def _unwrapped(model: Any) -> Any:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    peft = sys.modules.get("peft")
+    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
+
+
+def _decoder(base: Any) -> Any:
+    """The text decoder; the model itself where transformers names none."""
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    return base if decoder is None else decoder
+
+
+def _layer_type(text_config: Any, layer: int) -> str:
+    types = getattr(text_config, "layer_types", None)
+    return types[layer] if types else "full_attention"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of the configuration and of a few values of every parameter: tells one set of weights from another, quickly."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())  # type: ignore[union-attr, operator]
+    for name, p in model.named_parameters():
+        digest.update(f"{name}{tuple(p.shape)}{p.flatten()[:8].float().tolist()}".encode())
+    return digest.hexdigest()[:16]

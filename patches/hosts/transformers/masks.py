@@ -1,0 +1,100 @@
+"""Masks that are built only when somebody reads them (transformers-integration.md §1.3).
+
+transformers calls our mask function once per forward and mask type. A dense boolean mask costs O(n²); the sparse path needs only the
+rule and the padding. So the call is recorded, and the mask function of the *original* implementation is run on demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+
+class LazyMask:
+    """A mask function's arguments, with the mask they describe built on first use and shared by all layers of the forward.
+
+    It passes for neither a padding mask (`ndim` is not 2) nor a finished mask (`shape` is not 4 long).
+    """
+
+    ndim = 3
+    shape = (0, 0, 0)
+
+    def __init__(self, original: str, arguments: dict[str, Any]) -> None:
+        offset = arguments["q_offset"]
+        self.original = original
+        # a static cache hands out its live counter and advances it before attention runs: the mask needs the value of now
+        self.q_offset: int | Tensor = offset.clone() if isinstance(offset, Tensor) else offset
+        self.arguments = {**arguments, "q_offset": self.q_offset}
+        self.padding: Tensor | None = arguments.get("attention_mask")
+        self.is_plain_causal = arguments["mask_function"] is causal_mask_function and arguments["kv_offset"] == 0
+        self._built = False
+        self._mask: Any = None
+
+    def contiguous(self) -> LazyMask:
+        return self
+
+    def build(self) -> Any:
+        """What the original implementation's own mask function returns: a tensor, a BlockMask or None."""
+        if not self._built:
+            self._mask = ALL_MASK_ATTENTION_FUNCTIONS[self.original](**self.arguments)
+            self._built = True
+        return self._mask
+
+    def valid_keys(self, kv_length: int) -> Tensor | None:
+        """Keys that are no padding, (B, kv_length) bool, or None where there is no padding mask. Past its end nothing is valid."""
+        if self.padding is None:
+            return None
+        missing = kv_length - self.padding.shape[-1]
+        padding = self.padding[:, :kv_length]
+        return torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding
+
+
+def mask_function_for(original: str) -> Callable[..., Any]:
+    """The mask function to register beside the dispatcher of `original`."""
+
+    def lazy_mask(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] = causal_mask_function,
+        attention_mask: Any = None,
+        **more: Any,
+    ) -> Any:
+        # generate with a static cache builds the mask ahead and passes it through here again
+        if isinstance(attention_mask, LazyMask):
+            return attention_mask
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
+        arguments = {**sizes, "mask_function": mask_function, "attention_mask": attention_mask, **more}
+        # decoding on a static cache is compiled, and a Python object among its inputs would recompile every step
+        if isinstance(q_offset, Tensor) and q_length == 1:
+            return ALL_MASK_ATTENTION_FUNCTIONS[original](**arguments)
+        return LazyMask(original, arguments)
+
+    return lazy_mask
+
+
+def causal_mask_for(original: str, q: Tensor, *, kv_length: int, q_offset: int, valid: Tensor | None, config: Any) -> Any:
+    """The original implementation's mask of plain causal attention with padding, for a call whose lazy mask is out of reach.
+
+    q: (B, Hq, L, D). valid: (B, kv_length) bool or None. Used inside the opaque operator.
+    """
+    return ALL_MASK_ATTENTION_FUNCTIONS[original](
+        batch_size=q.shape[0],
+        q_length=q.shape[2],
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=valid,
+        allow_is_causal_skip=True,
+        dtype=q.dtype,
+        config=config,
+        use_vmap=False,
+        device=q.device,
+    )

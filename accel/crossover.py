@@ -4,39 +4,64 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from accel.errors import AccelError, OptionError
+from accel.settings import cache_folder
 
 if TYPE_CHECKING:
     from accel.protocols import AttentionStep, SparseAttention
 
-# Where nothing was measured: on CPUs 4K is break-even with a small trained model (smollm2-baseline.md §4), on GPUs 16K (sparse-attention.md §2.2).
+# Where nothing was measured: on CPUs 4K is break-even with a small trained model (smollm2-baseline.md §4),
+# on GPUs 16K (sparse-attention.md §2.2).
 DEFAULT_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+# Recorded where sparse was slower at every measured length: above any prompt, and readable as what it is in a recipe.
+NEVER_TOKENS = 1_000_000_000
 
 
 def crossover_file() -> Path:
     """Where measured crossovers live; `ACCEL_CACHE` overrides the folder."""
-    folder = os.environ.get("ACCEL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "accel"
-    return Path(folder) / "crossover.json"
+    return cache_folder() / "crossover.json"
 
 
 def crossover_key(method_name: str, *, device: str, dtype: str, head_dim: int) -> str:
+    """Name of one measurement in the file: what the crossover depends on most."""
     return f"{method_name}/{device}/{dtype}/d{head_dim}"
 
 
 @cache
 def measured_crossovers() -> dict[str, int]:
-    """This machine's measured crossovers by `crossover_key`; empty when none was measured."""
-    path = crossover_file()
-    return {key: int(value) for key, value in json.loads(path.read_text()).items()} if path.exists() else {}
+    """This machine's measured crossovers by `crossover_key`; empty when none was measured.
+
+    Read once per process. A damaged file or entry is left out with a warning, never guessed at: the default applies instead.
+    """
+    return _read(crossover_file())
 
 
 def record_crossover(key: str, tokens: int) -> Path:
-    """Writes one measured crossover beside the others, and returns the file."""
+    """Writes one measured crossover beside the others, and returns the file.
+
+    Processes that record at the same time keep each other's entries, and a reader never sees half a file. A damaged file is set aside as
+    `crossover.json.damaged`. Raises OptionError for a value that is no length, AccelError where the folder cannot be written.
+    """
+    if not _is_length(tokens):
+        raise OptionError(f"a crossover is a whole number of tokens, at least 0; got {tokens!r} for {key}")
     path = crossover_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**measured_crossovers(), key: tokens}, indent=2, sort_keys=True) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            if path.exists() and _entries(path) is None:
+                path.replace(path.with_name(path.name + ".damaged"))
+            _write_whole(path, {**_read(path), key: tokens})
+    except OSError as error:
+        raise AccelError(f"cannot record the crossover in {path}: {error}. ACCEL_CACHE names another folder.") from error
     measured_crossovers.cache_clear()
     return path
 
@@ -45,3 +70,59 @@ def crossover_tokens(method: SparseAttention, step: AttentionStep) -> int:
     """Keys from which `method` is expected to beat dense attention here: measured, or else a cautious default."""
     key = crossover_key(method.method_name(), device=step.device, dtype=step.dtype, head_dim=step.head_dim)
     return measured_crossovers().get(key, DEFAULT_TOKENS.get(step.device, DEFAULT_TOKENS["cuda"]))
+
+
+def _is_length(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _entries(path: Path) -> dict[str, Any] | None:
+    """What the file holds, unchecked; None where it is no JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:      # broken JSON and broken UTF-8 both
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _read(path: Path) -> dict[str, int]:
+    """The valid entries of the file; every reason to leave something out is one warning."""
+    try:
+        found = _entries(path)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        warnings.warn(f"accel: {path} cannot be read ({error}); using the default crossover lengths", stacklevel=3)
+        return {}
+    if found is None:
+        warnings.warn(f"accel: {path} is damaged; using the default crossover lengths. `accel tune crossover` measures anew.", stacklevel=3)
+        return {}
+    wrong = sorted(key for key, value in found.items() if not _is_length(value))
+    if wrong:
+        warnings.warn(f"accel: {path}: no length of tokens for {', '.join(wrong)}; ignored", stacklevel=3)
+    return {key: value for key, value in found.items() if _is_length(value)}
+
+
+def _write_whole(path: Path, values: dict[str, int]) -> None:
+    """Replaces the file in one step."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds `<path>.lock` against other processes. Where the system has no such lock, the last writer wins."""
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        try:
+            import fcntl
+        except ImportError:     # not a Unix
+            yield
+            return
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield       # closing the file releases the lock

@@ -1,5 +1,6 @@
-"""Attention over chosen blocks of keys: the plan types, the key views and one function that runs them."""
+"""Attention over chosen blocks of keys: the plan types, the key views and the functions that run them."""
 
+from accel.kernels.block_sparse.api import block_sparse_attention, dense_attention, dispatches
 from accel.kernels.block_sparse.keys import ContiguousKeys, KeyView, PagedKeys
 from accel.kernels.block_sparse.plan import BlockPlan, ImplicitPlan, ListPlan, VerticalSlashPlan
 from accel.kernels.block_sparse.ragged import Ragged, Rows
@@ -14,4 +15,7 @@ __all__ = [
     "Ragged",
     "Rows",
     "VerticalSlashPlan",
+    "block_sparse_attention",
+    "dense_attention",
+    "dispatches",
 ]

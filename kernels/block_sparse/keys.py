@@ -33,6 +33,11 @@ class KeyView(ABC):
         return self.storage.shape[-1]
 
     @property
+    def value_dim(self) -> int:
+        """Dv, the head size of V; subclasses whose V differs from K in it say so."""
+        return self.head_dim
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.storage.dtype
 
@@ -43,6 +48,11 @@ class KeyView(ABC):
     @abstractmethod
     def tokens(self, b: int) -> tuple[Tensor, Tensor]:
         """K and V of sequence b, each (Hkv, N, D): views where memory allows it, otherwise one gathered copy."""
+
+    def head_tokens(self, b: int, heads: range) -> tuple[Tensor, Tensor]:
+        """K and V of some KV heads of sequence b, (len(heads), N, D): `tokens`, without reading the other heads."""
+        k, v = self.tokens(b)
+        return k[heads.start : heads.stop], v[heads.start : heads.stop]
 
     @abstractmethod
     def gather(self, b: int, blocks: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -58,7 +68,7 @@ class KeyView(ABC):
         nk = -(-n // block_size)
         full = n // block_size
         means = torch.empty(n_heads, nk, dim, dtype=torch.float32, device=keys.device)
-        means[:, :full] = keys[:, : full * block_size].unflatten(1, (full, block_size)).mean(2, dtype=torch.float32)
+        means[:, :full] = keys[:, : full * block_size].reshape(n_heads, full, block_size, dim).mean(2, dtype=torch.float32)
         if nk > full:
             means[:, full] = keys[:, full * block_size :].mean(1, dtype=torch.float32)
         return means
@@ -81,6 +91,10 @@ class ContiguousKeys(KeyView):
     @property
     def storage(self) -> Tensor:
         return self.k
+
+    @property
+    def value_dim(self) -> int:
+        return self.v.shape[-1]
 
     def __post_init__(self) -> None:
         for name, t in (("k", self.k), ("v", self.v)):
@@ -106,7 +120,8 @@ class ContiguousKeys(KeyView):
         token = (blocks[:, None] * block_size + torch.arange(block_size, device=blocks.device)).flatten()
         valid = token < self.kv_len[b]
         row = torch.where(valid, token + self.start[b], self.start[b])
-        k, v = (t.index_select(0, row).mul_(valid[:, None, None]).transpose(0, 1) for t in (self.k, self.v))
+        # filled, not multiplied by zero: the row read in place of a missing one may hold NaN
+        k, v = (t.index_select(0, row).masked_fill_(~valid[:, None, None], 0).transpose(0, 1) for t in (self.k, self.v))
         return k, v
 
 
@@ -130,14 +145,21 @@ class PagedKeys(KeyView):
         return self.k_pages
 
     @property
+    def value_dim(self) -> int:
+        return self.v_pages.shape[-1]
+
+    @property
     def page_size(self) -> int:
         return self.k_pages.shape[1]
 
     def tokens(self, b: int) -> tuple[Tensor, Tensor]:
+        return self.head_tokens(b, range(self.n_kv_heads))
+
+    def head_tokens(self, b: int, heads: range) -> tuple[Tensor, Tensor]:
         n = int(self.kv_len[b])
         pages = self.page_table[b, : -(-n // self.page_size)].long()
-        # (pages, page_size, Hkv, D) -> (Hkv, N, D)
-        k, v = (t.index_select(0, pages).flatten(0, 1)[:n].transpose(0, 1) for t in (self.k_pages, self.v_pages))
+        # (pages, page_size, heads, D) -> (heads, N, D)
+        k, v = (t[:, :, heads.start : heads.stop].index_select(0, pages).flatten(0, 1)[:n].transpose(0, 1) for t in (self.k_pages, self.v_pages))
         return k, v
 
     def gather(self, b: int, blocks: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -145,7 +167,7 @@ class PagedKeys(KeyView):
         valid = token < self.kv_len[b]
         token = torch.where(valid, token, 0)
         page, slot = self.page_table[b, token // self.page_size].long(), token % self.page_size
-        k, v = (t[page, slot].mul_(valid[:, None, None]).transpose(0, 1) for t in (self.k_pages, self.v_pages))
+        k, v = (t[page, slot].masked_fill_(~valid[:, None, None], 0).transpose(0, 1) for t in (self.k_pages, self.v_pages))
         return k, v
 
 

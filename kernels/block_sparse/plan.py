@@ -24,13 +24,18 @@ class BlockPlan(ABC):
     def block_mask(self, rows: Rows) -> Tensor:
         """Tiles of one sequence, (Hq, nq, nk) bool; (1, nq, nk) where every head has the same. True only at or below the diagonal."""
 
-    def density(self, lens: Ragged, n_heads: int) -> float:
-        """Share of the causal tiles that the plan computes, over all sequences and heads. 1.0 for a dense run."""
+    def tiles(self, lens: Ragged, n_heads: int) -> tuple[int, int]:
+        """Tiles the plan computes and tiles a dense causal kernel would, over all sequences and heads."""
         active = total = 0
         for rows in lens.rows():
             mask = self.block_mask(rows)
             active += int(mask.sum()) * (n_heads // mask.shape[0])
             total += rows.causal_tiles(self.block_size) * n_heads
+        return active, total
+
+    def density(self, lens: Ragged, n_heads: int) -> float:
+        """Share of the causal tiles that the plan computes. 1.0 for a dense run, and where there is no tile at all."""
+        active, total = self.tiles(lens, n_heads)
         return active / total if total else 1.0
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rows:
     """One sequence as Python numbers: its query rows, and where they stand among its keys."""
 
     index: int      # b, the place in the batch
@@ -61,8 +61,8 @@ class Ragged:
     def of(cls, q_len: list[int], kv_len: list[int], *, q_start: list[int] | None = None, device: torch.device | str = "cpu") -> Ragged:
         """Sequences of known lengths; without `q_start` they lie one behind the other."""
         starts = q_start if q_start is not None else [sum(q_len[:b]) for b in range(len(q_len))]
-        as_tensor = [torch.tensor(values, dtype=torch.int64, device=device) for values in (starts, q_len, kv_len)]
-        return cls(*as_tensor, max_q=max(q_len, default=0), max_kv=max(kv_len, default=0))
+        at, rows, keys = (torch.tensor(values, dtype=torch.int64, device=device) for values in (starts, q_len, kv_len))
+        return cls(at, rows, keys, max_q=max(q_len, default=0), max_kv=max(kv_len, default=0))
 
     @property
     def batch(self) -> int:

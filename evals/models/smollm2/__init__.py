@@ -1,0 +1,1 @@
+"""SmolLM2-135M-Instruct, the embedded default. See card.md."""

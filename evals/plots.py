@@ -1,0 +1,148 @@
+"""Figures for the HTML report: inline SVG that takes its text colour from the page, and tile maps as small PNG images."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart by colour-blind readers, legible on white and on near-black
+COLOURS = ("#1f83d6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1")
+BASELINE_COLOURS = ("#7d8590", "#a8b0b9")
+TILE_RGB = (31, 131, 214)
+
+# drawn with this colour, then replaced by the page's own, so that one figure fits light and dark
+_INK = "#010203"
+
+
+def colour_by_label(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A colour per label, the same in every figure of a report: grey for dense baselines, the palette for the rest, in order."""
+    baselines = list(dict.fromkeys(r["label"] for r in rows if r.get("is_baseline")))
+    others = list(dict.fromkeys(r["label"] for r in rows if not r.get("is_baseline")))
+    return {
+        **{label: BASELINE_COLOURS[i % len(BASELINE_COLOURS)] for i, label in enumerate(baselines)},
+        **{label: COLOURS[i % len(COLOURS)] for i, label in enumerate(others)},
+    }
+
+
+def time_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, y_label: str, unit: float) -> str:
+    """SVG of time against length, one line per label with its p20–p80 bar; both axes logarithmic. `unit`: milliseconds per y unit."""
+    with _figure(width=8.6, height=3.9) as (figure, axes):
+        for label, colour in colours.items():
+            mine = sorted((r for r in rows if r["label"] == label), key=lambda r: r["tokens"])
+            if not mine:
+                continue
+            x, y = [r["tokens"] for r in mine], [r["ms"]["median"] / unit for r in mine]
+            below = [m - r["ms"]["p20"] / unit for m, r in zip(y, mine, strict=True)]
+            above = [r["ms"]["p80"] / unit - m for m, r in zip(y, mine, strict=True)]
+            is_baseline = mine[0].get("is_baseline", False)
+            look: dict[str, Any] = {"marker": "s", "linestyle": "--"} if is_baseline else {"marker": "o", "linestyle": "-"}
+            look |= {"linewidth": 1.8, "markersize": 5, "capsize": 2, "elinewidth": 1}
+            axes.errorbar(x, y, yerr=[below, above], label=label, color=colour, **look)
+        lengths = sorted({r["tokens"] for r in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(lengths, [short_length(n) for n in lengths])
+        axes.minorticks_off()
+        _plain_ticks(axes)
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(y_label)
+        figure.legend(loc="outside right center", frameon=False)
+        return _svg(figure)
+
+
+def accuracy_density_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, title: str, y_label: str) -> str:
+    """SVG of score against density, one point per method with its standard error. rows: label, density, score, stderr."""
+    with _figure(width=4.3, height=3.6) as (figure, axes):
+        for row in rows:
+            colour = colours.get(row["label"], BASELINE_COLOURS[0])
+            axes.errorbar([row["density"]], [row["score"]], yerr=[row["stderr"] or 0.0], label=row["label"], color=colour, linestyle="none",
+                          marker="s" if row["is_baseline"] else "o", markersize=7, capsize=3, elinewidth=1)  # fmt: skip
+        axes.set_xlim(0, 1.06)
+        if all(0.0 <= row["score"] <= 1.0 for row in rows):
+            axes.set_ylim(-0.05, 1.08)
+        axes.set_title(title, fontsize=10, color=_INK, loc="left")
+        axes.set_xlabel("density (share of causal tiles)")
+        axes.set_ylabel(y_label)
+        figure.legend(loc="outside lower left", frameon=False, ncols=3, fontsize=8, handletextpad=0.2, columnspacing=1.2)
+        return _svg(figure)
+
+
+def tile_image(rows: Sequence[str]) -> str:
+    """A block map as a PNG data address: read tiles in colour, skipped causal tiles pale, the future transparent."""
+    size = max(len(row) for row in rows)
+    paint = {"1": (*TILE_RGB, 255), "0": (128, 140, 155, 46)}
+    pixels = [[*(paint[tile] for tile in row), *[(0, 0, 0, 0)] * (size - len(row))] for row in rows]
+    return _png(pixels)
+
+
+def density_image(density: Mapping[str, Sequence[float]], n_layers: int) -> str:
+    """Densities of all heads as a PNG data address: one row per head, one column per layer, stronger where more is read."""
+    n_heads = max(len(heads) for heads in density.values())
+    # a layer that ran dense everywhere is hatched out by full transparency
+    pixels = [
+        [(*TILE_RGB, 20 + round(235 * density[str(layer)][head])) if str(layer) in density else (0, 0, 0, 0) for layer in range(n_layers)]
+        for head in range(n_heads)
+    ]
+    return _png(pixels)
+
+
+def short_length(tokens: int) -> str:
+    """8192 → "8K", 1000 → "1000"."""
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
+
+
+def _png(pixels: Sequence[Sequence[tuple[int, ...]]]) -> str:
+    import numpy as np
+    from matplotlib.image import imsave
+
+    buffer = io.BytesIO()
+    imsave(buffer, np.array(pixels, dtype=np.uint8), format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@contextmanager
+def _figure(*, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure without a window system and without touching the caller's matplotlib settings."""
+    import matplotlib
+    from matplotlib.figure import Figure as NewFigure
+
+    settings = {
+        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK,
+        "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.grid": True, "grid.color": _INK,
+        "grid.alpha": 0.13, "grid.linewidth": 0.6,
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        figure = NewFigure(figsize=(width, height), layout="constrained")
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        yield figure, axes
+
+
+def _plain_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    # inside an HTML page the prolog and the namespaces mean nothing, and they are the only addresses in the file
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text[text.index("<svg") :])
+    # the page sets the size; the view box keeps the proportions
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+    return text.replace(_INK, "currentColor")

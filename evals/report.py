@@ -1,0 +1,206 @@
+"""Writes `report.md` and a self-contained `report.html` beside the `result.json` of a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accel.errors import AccelError
+from accel.evals import plots
+from accel.evals.report_sections import Row, Table, milliseconds, number, ratio, score_cell, sections
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Reports:
+    """The two files that were written."""
+
+    markdown: Path
+    html: Path
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture for the HTML page: SVG text, or the data address of an image. `title` stands above it, `caption` below."""
+
+    section: str
+    title: str
+    caption: str
+    svg: str = ""
+    image: str = ""
+    is_square: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """One key figure at the top of the page."""
+
+    value: str
+    label: str
+    detail: str
+
+
+def write_reports(folder: str | Path) -> Reports:
+    """Reads `result.json` in `folder`, writes both reports beside it and returns their paths. Raises AccelError without a result."""
+    folder = Path(folder)
+    source = folder / "result.json"
+    if not source.exists():
+        raise AccelError(f"{folder} holds no result.json: the run has not finished, or this is not a run folder")
+    result = json.loads(source.read_text(encoding="utf-8"))
+    reports = Reports(folder / "report.md", folder / "report.html")
+    reports.markdown.write_text(render_markdown(result), encoding="utf-8")
+    reports.html.write_text(render_html(result), encoding="utf-8")
+    return reports
+
+
+def render_markdown(result: Mapping[str, Any]) -> str:
+    """The report as GitHub-flavoured markdown, without figures."""
+    parts = [f"# {_title(result)}", _subtitle(result)]
+    for section in sections(result):
+        parts += [f"## {section.title}", *section.paragraphs]
+        parts += ["\n".join(f"- {bullet}" for bullet in section.bullets)] if section.bullets else []
+        for table in section.tables:
+            parts += [_markdown_table(table), *([f"_{table.caption}_"] if table.caption else [])]
+    for title, key in (("Settings", "config"), ("Environment", "env")):
+        parts += [f"## {title}", _markdown_table(_key_values(result.get(key)))] if result.get(key) else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_html(result: Mapping[str, Any]) -> str:
+    """The report as one HTML page that loads nothing: style and figures are inside it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    jinja = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    figures: dict[str, list[Figure]] = {}
+    for figure in figures_of(result):
+        figures.setdefault(figure.section, []).append(figure)
+    return jinja.get_template("report.html.j2").render(
+        title=_title(result),
+        eyebrow=f"accel {result.get('command', '')}".strip(),
+        subtitle=_subtitle(result),
+        style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # our own file, not user text
+        cards=cards(result),
+        notices=result.get("notices", []),
+        sections=sections(result),
+        figures=figures,
+        svg=Markup,  # figures are made by plots.py; labels inside them are escaped there
+        details=[("Settings", _key_values(result.get("config"))), ("Environment", _key_values(result.get("env")))],
+    )
+
+
+def figures_of(result: Mapping[str, Any]) -> list[Figure]:
+    """Every picture that the result supports."""
+    latency, scores = result.get("latency", []), result.get("scores", [])
+    colours = plots.colour_by_label([*latency, *scores])
+    figures = [figure for metric, unit, name in (("ttft_ms", 1e3, "time to first token, s"), ("tpot_ms", 1.0, "time per output token, ms"))
+               if (figure := _time_figure(metric, latency, colours, unit=unit, y_label=name))]  # fmt: skip
+    return [*figures, *_accuracy_figures(scores, colours), *_map_figures(result.get("block_maps", []))]
+
+
+def cards(result: Mapping[str, Any]) -> list[Card]:
+    """Key figures of the first method: its score at each task beside dense, its time and density at the greatest length."""
+    latency = [r for r in result.get("latency", []) if r["metric"] == "ttft_ms"]
+    scores = result.get("scores", [])
+    focus = next((r["label"] for r in [*scores, *latency] if not r.get("is_baseline")), None)
+    found = []
+    for s in scores:
+        if s["label"] == focus:
+            same_task = (d for d in scores if (d["task"], d.get("tokens")) == (s["task"], s.get("tokens")))
+            dense = next((d for d in same_task if d.get("is_baseline")), None)
+            length = f" at {plots.short_length(s['tokens'])}" if s.get("tokens") else ""
+            beside = f"dense {score_cell(dense['score'])}" if dense else f"n = {s['n']}"
+            found.append(Card(number(s["score"]["value"], 2), f"{s['task']}{length}", beside))
+    longest = max((r["tokens"] for r in latency), default=0)
+    for r in latency:
+        if r["label"] == focus and r["tokens"] == longest:
+            ratios = " · ".join(f"{ratio(value)} {label}" for label, value in r["speedup"].items())
+            length = plots.short_length(longest)
+            found.append(Card(milliseconds(r["ms"]["median"]), f"to first token at {length}", ratios))
+            explained = r["note"] or "share of causal tiles computed"
+            found.append(Card(number(r["density"], 2, missing="dense"), f"density at {length}", explained))
+    return found
+
+
+# --- figures ------------------------------------------------------------------------------------------------------------------
+
+
+def _time_figure(metric: str, latency: Sequence[Row], colours: Mapping[str, str], *, unit: float, y_label: str) -> Figure | None:
+    rows = [r for r in latency if r["metric"] == metric]
+    if len({r["tokens"] for r in rows}) < 2:
+        return None
+    svg = plots.time_plot(rows, colours, y_label=y_label, unit=unit)
+    return Figure(metric, "", "Median with p20–p80 bars, both axes logarithmic. Dashed: dense baselines.", svg=svg)
+
+
+def _accuracy_figures(scores: Sequence[Row], colours: Mapping[str, str]) -> list[Figure]:
+    figures = []
+    for task, tokens in dict.fromkeys((s["task"], s.get("tokens")) for s in scores):
+        mine = [s for s in scores if (s["task"], s.get("tokens")) == (task, tokens)]
+        points = [
+            {"label": s["label"], "density": density, "is_baseline": s.get("is_baseline", False), **score}
+            for s in mine
+            for score in [{"score": s["score"]["value"], "stderr": s["score"].get("stderr")}]
+            if (density := 1.0 if s.get("is_baseline") else s.get("density")) is not None
+        ]
+        if len(points) > 1:
+            title = f"{task} at {plots.short_length(tokens)}" if tokens else task
+            figures.append(Figure("accuracy", "", "", svg=plots.accuracy_density_plot(points, colours, title=title, y_label="score")))
+    return figures
+
+
+def _map_figures(block_maps: Sequence[Row]) -> list[Figure]:
+    """The maps of single heads first, then one overview per method whose heads differ."""
+    squares = [
+        Figure("maps", m["label"], caption, image=plots.tile_image(one["rows"]), is_square=True)
+        for m in block_maps
+        for one in m["maps"]
+        for caption in [f"layer {one['layer']}, head {one['head']}: density {one['density']:.2f}"]
+    ]
+    caption = "Density of every head: layers from left to right, heads from top to bottom; the stronger the colour, the more it read."
+    overviews = [
+        Figure("maps", f"{m['label']}: all heads", caption, image=plots.density_image(m["density"], m["n_layers"]))
+        for m in block_maps
+        if len({d for heads in m["density"].values() for d in heads}) > 1
+    ]
+    return [*squares, *overviews]
+
+
+# --- text ---------------------------------------------------------------------------------------------------------------------
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    return str(result.get("title") or f"accel {result.get('command', 'run')}")
+
+
+def _subtitle(result: Mapping[str, Any]) -> str:
+    return " · ".join(str(part) for part in (result.get("model"), result.get("dtype"), result.get("device"), result.get("created")) if part)
+
+
+def _key_values(values: Any, prefix: str = "") -> Table:
+    return Table(["", ""], [list(pair) for pair in _flatten(values or {}, prefix)], text_columns=(0, 1))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            pairs += _flatten(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)))
+    return pairs
+
+
+def _markdown_table(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rule = "|" + "|".join("---" if i in table.text_columns else "--:" for i in range(len(table.headers))) + "|"
+    return "\n".join([line(table.headers), rule, *(line(row) for row in table.rows)]) if table.rows else ""
+

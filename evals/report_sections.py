@@ -1,0 +1,256 @@
+"""The contents of a report, from result.json: sections of text, tables and figures that markdown, HTML and stdout all draw from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from accel.evals.plots import short_length
+
+Row = Mapping[str, Any]
+METRIC_TITLES = {"ttft_ms": "Time to first token", "tpot_ms": "Time per output token (decode)"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. text_columns: set flush left. quiet_rows: baselines, drawn paler. group_starts: rows with a line above them.
+
+    caption: what the columns mean.
+    """
+
+    headers: list[str]
+    rows: list[list[str]]
+    text_columns: tuple[int, ...] = (0,)
+    quiet_rows: frozenset[int] = frozenset()
+    group_starts: frozenset[int] = frozenset()
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One heading with its paragraphs, bullets and tables. `name` is the anchor and tells the HTML page which figures belong here."""
+
+    name: str
+    title: str
+    paragraphs: list[str] = field(default_factory=list)
+    bullets: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+def sections(result: Mapping[str, Any]) -> list[Section]:
+    """Everything that the result holds, in reading order; what it lacks is left out."""
+    built = [
+        *_accuracy_sections(result),
+        *(_latency_section(metric, result["latency"]) for metric in METRIC_TITLES if _with_metric(result, metric)),
+        *([_operator_section(result["operator"])] if result.get("operator") else []),
+        *([_maps_section(result["block_maps"])] if result.get("block_maps") else []),
+        *([Section("layers", "Layers", tables=[layer_table(result["layers"])])] if result.get("layers") else []),
+    ]
+    limits = [*result.get("limits", []), *_standing_limits(result)]
+    return [*built, Section("limits", "What this run cannot claim", bullets=limits)]
+
+
+# --- accuracy -----------------------------------------------------------------------------------------------------------------
+
+
+def accuracy_table(scores: Sequence[Row]) -> Table:
+    """One row per task and variant. scores: task, label, tokens, score {value, stderr}, n, and where known log_prob, density, note."""
+    rows = [
+        [s["task"], short_length(s["tokens"]) if s.get("tokens") else "", s["label"], score_cell(s["score"]), str(s["n"]),
+         number(s.get("log_prob"), 2), number(s.get("density"), 2, missing="1.00" if s.get("is_baseline") else "–"), s.get("note", "")]
+        for s in scores
+    ]  # fmt: skip
+    return Table(
+        ["task", "tokens", "method", "score ± s.e.", "n", "log-prob", "density", ""],
+        rows,
+        text_columns=(0, 2, 7),
+        quiet_rows=frozenset(i for i, s in enumerate(scores) if s.get("is_baseline")),
+        group_starts=_changes([(s["task"], s.get("tokens")) for s in scores]),
+        caption="log-prob: mean log-probability of the right answer, in nats; nearer to 0 is better. "
+        "Density: share of the causal tiles that were computed, as reached and not as asked for.",
+    )
+
+
+def answer_table(answers: Sequence[Row]) -> Table:
+    """One row per question, one column per method. answers: task, question, expected, label, answer, log_prob."""
+    labels = list(dict.fromkeys(a["label"] for a in answers))
+    by_question: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for a in answers:
+        by_question.setdefault((a["task"], a["question"], a["expected"]), {})[a["label"]] = a
+    rows = [
+        [question, expected, *(_answer_cell(given.get(label), expected) for label in labels)]
+        for (_, question, expected), given in by_question.items()
+    ]
+    caption = "✓ right, ✗ wrong; in brackets the log-probability of the right answer."
+    return Table(["question", "expected", *labels], rows, text_columns=tuple(range(len(labels) + 2)), caption=caption)
+
+
+def _answer_cell(answer: Row | None, expected: str) -> str:
+    if answer is None:
+        return "–"
+    given = answer["answer"].strip() or "(nothing)"
+    mark = "✓" if answer["answer"].strip() == expected.strip() else "✗"
+    return f"{mark} {given} ({number(answer.get('log_prob'), 1)})"
+
+
+def _accuracy_sections(result: Mapping[str, Any]) -> list[Section]:
+    found = []
+    if result.get("scores"):
+        found.append(Section("accuracy", "Accuracy", tables=[accuracy_table(result["scores"])]))
+    if result.get("answers"):
+        found.append(Section("answers", "Answers", tables=[answer_table(result["answers"])]))
+    return found
+
+
+# --- latency ------------------------------------------------------------------------------------------------------------------
+
+
+def latency_table(rows: Sequence[Row]) -> Table:
+    """One row per variant and length, with a column per dense baseline. rows: `LatencyRow.as_dict()` of one metric."""
+    base = list(dict.fromkeys(b for r in rows for b in r["speedup"]))
+    has_memory = any(r.get("peak_bytes") is not None for r in rows)
+    memory = ["peak memory"] if has_memory else []
+    headers = ["method", "tokens", "median", "p20–p80", "runs", *(f"× {b}" for b in base), "density", "selection", *memory, ""]
+    cells = [
+        [r["label"], short_length(r["tokens"]), milliseconds(r["ms"]["median"]), _span(r["ms"]), str(r["ms"]["n"]),
+         *(ratio(r["speedup"].get(b)) for b in base), number(r["density"], 2), percent(r["selection_share"]),
+         *([mebibytes(r["peak_bytes"])] if has_memory else []), r["note"]]
+        for r in rows
+    ]  # fmt: skip
+    return Table(
+        headers,
+        cells,
+        text_columns=(0, len(headers) - 1),
+        quiet_rows=frozenset(i for i, r in enumerate(rows) if r["is_baseline"]),
+        group_starts=_changes([r["tokens"] for r in rows]),
+        caption="× baseline: how many times faster than that dense baseline, the median of the ratios round by round. "
+        "Selection: share of the time spent choosing blocks, contained in the median.",
+    )
+
+
+def _latency_section(metric: str, rows: Sequence[Row]) -> Section:
+    mine = [r for r in rows if r["metric"] == metric]
+    return Section(metric, METRIC_TITLES[metric], paragraphs=headlines(mine), tables=[latency_table(mine)])
+
+
+def headlines(rows: Sequence[Row]) -> list[str]:
+    """One sentence on the first method at the greatest length, both ratios in it; none where every method ran dense."""
+    longest = max((r["tokens"] for r in rows if not r["is_baseline"]), default=None)
+    first = next((r for r in rows if r["tokens"] == longest and not r["is_baseline"]), None)
+    if first is None or first["density"] is None:
+        return []
+    ratios = " and ".join(f"{ratio(value)} {label}" for label, value in first["speedup"].items())
+    return [f"At {short_length(first['tokens'])} tokens {first['label']} takes {milliseconds(first['ms']['median'])}: {ratios}, "
+            f"computing {number(first['density'], 2)} of the causal tiles."]  # fmt: skip
+
+
+def _with_metric(result: Mapping[str, Any], metric: str) -> bool:
+    return any(r["metric"] == metric for r in result.get("latency", []))
+
+
+# --- operator, maps, layers ---------------------------------------------------------------------------------------------------
+
+
+def operator_table(rows: Sequence[Row]) -> Table:
+    """The attention operator alone: whatever columns the operator benchmark returns, in its order."""
+    headers = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [[_plain_cell(row.get(key)) for key in headers] for row in rows]
+    texts = tuple(i for i, key in enumerate(headers) if any(isinstance(row.get(key), str) for row in rows))
+    return Table([h.replace("_", " ") for h in headers], cells, text_columns=texts)
+
+
+def layer_table(layers: Sequence[Row]) -> Table:
+    """One row per group of equal layers. layers: method, layers, type, patched (bool), reason."""
+    rows = [[r["method"], r["layers"], r["type"], "yes" if r["patched"] else "no", r["reason"]] for r in layers]
+    return Table(["method", "layers", "attention", "patched", "why not"], rows, text_columns=(0, 1, 2, 3, 4))
+
+
+def _operator_section(rows: Sequence[Row]) -> Section:
+    return Section("operator", "Attention operator alone", tables=[operator_table(rows)])
+
+
+def _maps_section(maps: Sequence[Row]) -> Section:
+    intro = ("Each square is the causal half of one head's attention: query blocks from top to bottom, key blocks from left to right. "
+             "Coloured tiles were computed, pale ones skipped.")  # fmt: skip
+    rows = []
+    for m in maps:
+        per_head = sorted(d for heads in m["density"].values() for d in heads)
+        if per_head:
+            mean, low, high = sum(per_head) / len(per_head), per_head[len(per_head) // 10], per_head[len(per_head) * 9 // 10]
+            n_sparse = f"{len(m['density'])} of {m['n_layers']}"
+            rows.append([m["label"], short_length(m["tokens"]), str(m["block_size"]), n_sparse, number(mean, 2), f"{low:.2f} – {high:.2f}"])
+    table = Table(["method", "tokens", "block", "sparse layers", "mean density", "p10–p90 of heads"], rows)
+    return Section("maps", "What the heads read", paragraphs=[intro], tables=[table])
+
+
+# --- what it cannot claim -----------------------------------------------------------------------------------------------------
+
+
+def _standing_limits(result: Mapping[str, Any]) -> list[str]:
+    """Limits that follow from what was run."""
+    found = []
+    if result.get("latency"):
+        fewest = min(r["ms"]["n"] for r in result["latency"])
+        found.append(
+            f"Times belong to this machine as it was, and the fewest timed runs of a row are {fewest}. Ratios come from interleaved "
+            "rounds and carry over better than milliseconds; neither is a promise for other hardware."
+        )
+        if any(len(r["speedup"]) > 1 for r in result["latency"]):
+            found.append(
+                "A ratio against the stock attention holds the gain of a better dense kernel as well; only the ratio against the faster "
+                "of the two dense baselines is the gain of sparsity."
+            )
+    if how := result.get("memory_how"):
+        found.append(f"Peak memory is {how}, without weights and whatever an earlier pass had already allocated for good.")
+    if result.get("scores"):
+        found.append("Scores come from few samples and one seed: differences within two standard errors are noise, in either direction.")
+    return found
+
+
+# --- cells --------------------------------------------------------------------------------------------------------------------
+
+
+def milliseconds(value: float | None) -> str:
+    """A time with three digits and the unit that suits it."""
+    if value is None:
+        return "–"
+    if value >= 1000:
+        return f"{value / 1e3:.2f} s"
+    return f"{value:.{0 if value >= 100 else 1 if value >= 1 else 3}f} ms"
+
+
+def _span(ms: Row) -> str:
+    return f"{milliseconds(ms['p20'])} – {milliseconds(ms['p80'])}"
+
+
+def ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def number(value: float | None, digits: int, *, missing: str = "–") -> str:
+    return missing if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
+
+
+def mebibytes(n_bytes: int | None) -> str:
+    return "–" if n_bytes is None else f"{n_bytes / 2**20:.0f} MiB"
+
+
+def score_cell(score: Row) -> str:
+    """ "0.98 ± 0.02"; without a standard error only the value."""
+    return number(score["value"], 2) if score.get("stderr") is None else f"{number(score['value'], 2)} ± {score['stderr']:.2f}"
+
+
+def _changes(keys: Sequence[Any]) -> frozenset[int]:
+    """Rows whose key differs from that of the row above."""
+    return frozenset(i for i in range(1, len(keys)) if keys[i] != keys[i - 1])
+
+
+def _plain_cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

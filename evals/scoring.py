@@ -1,0 +1,171 @@
+"""Scores of one sample on one model: log-probability of the right answers, and whether the model gives them."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.evals.tasks import Answer, Sample
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One entry per answer of the sample.
+
+    log_probs: nats, summed over the tokens of the answer. hits: 1.0 right, 0.0 wrong. texts: what the model answers (teacher-forced samples), or its
+    whole reply. prefill_ms: the prompt alone, first-use costs included.
+    """
+
+    log_probs: list[float]
+    hits: list[float]
+    texts: list[str]
+    prefill_ms: float
+
+
+def score(model: Any, tokenizer: Any, sample: Sample, *, on_prefill: Callable[[], None] | None = None) -> Scored:
+    """Scores of a sample under whatever is applied to `model`. `on_prefill` is called after the prompt, before any decoding.
+
+    Samples without `n_prompt`: one forward over prompt and answers. Samples with: the prompt is prefilled alone, so that nothing of the answer
+    can reach a method that looks at the last queries; then its tokens are scored one by one, and the model writes its own reply greedily.
+    """
+    with torch.no_grad():
+        scored = _teacher_forced(model, tokenizer, sample, on_prefill) if sample.n_prompt is None else _generated(model, tokenizer, sample, on_prefill)
+    return scored
+
+
+def _teacher_forced(model: Any, tokenizer: Any, sample: Sample, on_prefill: Callable[[], None] | None) -> Scored:
+    ids = torch.tensor([sample.input_ids], device=_device(model))
+    # the row before a token predicts it
+    rows = torch.tensor([i - 1 for a in sample.answers for i in range(a.start, a.stop)], device=ids.device)
+    begin = _now(model)
+    logits = _rows_of_logits(model, ids, rows)
+    prefill_ms = (_now(model) - begin) * 1e3
+    if on_prefill:
+        on_prefill()
+    log_probs = token_log_probs(logits, ids[0, rows + 1]).tolist()
+    guesses = logits.argmax(-1).tolist()
+    per_answer = _split(list(zip(guesses, log_probs, strict=True)), sample.answers)
+    given = [[guess for guess, _ in tokens] for tokens in per_answer]
+    return Scored(
+        log_probs=[sum(p for _, p in tokens) for tokens in per_answer],
+        hits=[float(tuple(g) == sample.input_ids[a.start : a.stop]) for g, a in zip(given, sample.answers, strict=True)],
+        texts=[tokenizer.decode(g) for g in given],
+        prefill_ms=prefill_ms,
+    )
+
+
+def _generated(model: Any, tokenizer: Any, sample: Sample, on_prefill: Callable[[], None] | None) -> Scored:
+    assert sample.n_prompt is not None
+    prompt = torch.tensor([sample.input_ids[: sample.n_prompt]], device=_device(model))
+    begin = _now(model)
+    first, cache = _prefill(model, prompt)
+    prefill_ms = (_now(model) - begin) * 1e3
+    if on_prefill:
+        on_prefill()
+    target = torch.tensor(sample.input_ids[sample.n_prompt :], device=prompt.device)
+    rows, step = [first], first
+    for token in target[:-1]:
+        step = _decode(model, token, cache)
+        rows.append(step)
+    log_probs = token_log_probs(torch.stack(rows), target).tolist()
+    spans = [slice(a.start - sample.n_prompt, a.stop - sample.n_prompt) for a in sample.answers]
+    if not _rewind(cache, sample.n_prompt):
+        first, cache = _prefill(model, prompt)
+    reply = tokenizer.decode(_greedy(model, first, cache, sample.max_new_tokens), skip_special_tokens=True)
+    return Scored(
+        log_probs=[sum(log_probs[span]) for span in spans],
+        hits=[float(a.text.lower() in reply.lower()) for a in sample.answers],
+        texts=[reply] * len(sample.answers),
+        prefill_ms=prefill_ms,
+    )
+
+
+def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of targets (rows,) under logits (rows, vocabulary), fp32."""
+    logits = logits.float()
+    # not log_softmax: that would be a second tensor as large as the logits
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _rows_of_logits(model: Any, ids: Tensor, rows: Tensor) -> Tensor:
+    """Logits (len(rows), vocabulary) of some rows; the head runs on these alone where the model can do that."""
+    if _keeps_rows(model):
+        kept: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
+        return kept
+    everything: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return everything[rows]
+
+
+def _prefill(model: Any, prompt: Tensor) -> tuple[Tensor, Any]:
+    """Logits (vocabulary,) behind the prompt, and its cache."""
+    last = {"logits_to_keep": 1} if _keeps_rows(model) else {}
+    out = model(input_ids=prompt, use_cache=True, **last)
+    return out.logits[0, -1], getattr(out, _cache_name(model))
+
+
+def _decode(model: Any, token: Tensor, cache: Any) -> Tensor:
+    """Logits (vocabulary,) behind one more token, which joins the cache."""
+    logits: Tensor = model(input_ids=token.view(1, 1), use_cache=True, **{_cache_name(model): cache}).logits[0, -1]
+    return logits
+
+
+def _greedy(model: Any, logits: Tensor, cache: Any, n_tokens: int) -> list[int]:
+    """The likeliest tokens one after the other, without the end token. Not `generate`: a model's own settings may sample or penalise."""
+    end = model.generation_config.eos_token_id
+    ends = set(end) if isinstance(end, list) else {end}
+    found: list[int] = []
+    while True:
+        token = logits.argmax(-1)
+        if int(token) in ends:
+            return found
+        found.append(int(token))
+        if len(found) == n_tokens:
+            return found
+        logits = _decode(model, token, cache)
+
+
+def _rewind(cache: Any, n_tokens: int) -> bool:
+    """Cuts the cache back to its first `n_tokens` tokens; False where its layers forget or mix tokens, so that only a new prefill helps."""
+    try:
+        cache.crop(n_tokens - cache.get_seq_length())      # negative: so many tokens less
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):     # what caches without a way back raise
+        return False
+    return int(cache.get_seq_length()) == n_tokens
+
+
+def _split(tokens: Sequence[Any], answers: Sequence[Answer]) -> list[list[Any]]:
+    """One flat entry per token, as one list per answer."""
+    found, at = [], 0
+    for answer in answers:
+        n = answer.stop - answer.start
+        found.append(list(tokens[at : at + n]))
+        at += n
+    return found
+
+
+def _keeps_rows(model: Any) -> bool:
+    # asked of the class: a patched or wrapped forward may hide its arguments
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
+
+
+def _cache_name(model: Any) -> str:
+    """What the model calls its cache: transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(iter(model.parameters())).device
+    return device
+
+
+def _now(model: Any) -> float:
+    """Seconds, when the device has finished."""
+    if _device(model).type == "cuda":
+        torch.cuda.synchronize(_device(model))
+    return time.perf_counter()

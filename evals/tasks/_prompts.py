@@ -1,0 +1,112 @@
+"""Prompts of a wanted number of tokens, with answers whose token positions are known."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accel.errors import OptionError, UnsupportedError
+from accel.evals.tasks import Answer, Sample
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a text, and the token spans (start, stop) of the parts that were asked for."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+def sample_rng(task: str, seed: int, index: int) -> random.Random:
+    """Random numbers of one sample: the same in every process, and for every length, so that lengths can be compared."""
+    return random.Random(f"{task}/{seed}/{index}")
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, without special tokens."""
+    # verbose: without it the tokenizer warns about texts longer than the model, of which only a part will be used
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def encode_parts(tokenizer: Any, text: str, parts: Sequence[str]) -> Piece:
+    """Token ids of `text` and the spans of `parts`, which stand in it in this order."""
+    if not tokenizer.is_fast:
+        raise UnsupportedError("the tasks need a tokenizer that knows the offsets of its tokens (a fast one)")
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    offsets, spans, at = encoded["offset_mapping"], [], 0
+    for part in parts:
+        low = text.index(part, at)
+        at = low + len(part)
+        inside = [i for i, (start, stop) in enumerate(offsets) if start < at and stop > low]
+        spans.append((inside[0], inside[-1] + 1))
+    return Piece(list(encoded["input_ids"]), spans)
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before every text, or nothing."""
+    ids = tokenizer("a")["input_ids"]
+    return [ids[0]] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+
+
+def filler(tokenizer: Any, units: Sequence[str], n_tokens: int, *, start: int, separator: str = " ") -> list[int]:
+    """Exactly `n_tokens` tokens of the units from number `start` on, again from the first when they end."""
+    average = max(1, sum(map(len, units)) // len(units))
+    n_units = 8 + n_tokens * 3 // average       # three characters a token, to begin with
+    while True:
+        ids = encode(tokenizer, separator.join(itertools.islice(itertools.cycle(units), start, start + n_units)))
+        if len(ids) >= n_tokens:
+            return ids[:n_tokens]
+        n_units *= 2
+
+
+def insert(haystack: list[int], needles: Sequence[Sequence[int]], depths: Sequence[float], n_tokens: int) -> list[int]:
+    """The haystack with needle i beginning at share depths[i] of a prompt of `n_tokens`. depths ascend."""
+    done: list[int] = []
+    taken = 0
+    for needle, depth in zip(needles, depths, strict=True):
+        more = max(0, int(depth * n_tokens) - len(done))
+        done += [*haystack[taken : taken + more], *needle]
+        taken += more
+    return done + haystack[taken:]
+
+
+def require_length(task: str, n_tokens: int, shortest: int) -> None:
+    """Raises OptionError where the fixed parts of a prompt alone are longer than the prompt may be."""
+    if n_tokens < shortest:
+        raise OptionError(f"{task} needs prompts of at least {shortest} tokens with this tokenizer, asked for {n_tokens}")
+
+
+def chat_sample(
+    tokenizer: Any, *, task: str, n_tokens: int, most_units: int, question: Callable[[int], str], prefix: str, answer: str, parts: Sequence[str],
+    labels: Sequence[str], max_new_tokens: int, id: int, seed: int,
+) -> Sample:  # fmt: skip
+    """The longest prompt for which prompt and `max_new_tokens` fit into `n_tokens`; the model's chat template around it where there is one.
+
+    question(k): the user's text with k units of filler. prefix begins the reply; `answer` is what should follow it, `parts` the scored words
+    in it and `labels` their names in tables.
+    """
+    expected = encode_parts(tokenizer, answer, parts)
+    reserved = max(max_new_tokens, len(expected.ids))
+
+    def prompt(k: int) -> list[int]:
+        if tokenizer.chat_template is None:
+            return [*opening(tokenizer), *encode(tokenizer, f"{question(k)}\n{prefix}")]
+        turn = [{"role": "user", "content": question(k)}]
+        return encode(tokenizer, tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) + prefix)
+
+    require_length(task, n_tokens, len(prompt(0)) + reserved)
+    low, high = 0, most_units
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if len(prompt(middle)) + reserved <= n_tokens else (low, middle - 1)
+    if low == most_units:
+        raise OptionError(f"{task}: the text for filling ends before {n_tokens} tokens; ask for a shorter length")
+    ids = prompt(low)
+    answers = tuple(
+        Answer(label, part, start + len(ids), stop + len(ids)) for label, part, (start, stop) in zip(labels, parts, expected.spans, strict=True)
+    )
+    return Sample(id, seed, (*ids, *expected.ids), answers, n_prompt=len(ids), max_new_tokens=max_new_tokens)

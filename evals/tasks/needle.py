@@ -1,0 +1,52 @@
+"""Passkeys: four facts hidden in prose and repeated at the end, scored under teacher forcing.
+
+Prompt of exactly N tokens: help-topic prose with "The magic number for KEY is ddddd." at 8, 33, 58 and 83 % depth; the tail states the four facts
+again in the order 3, 1, 4, 2, so that no answer follows from the one before. A number at chance has log-probability 5·ln(1/10) = −11.5 where the tokenizer
+splits digits. The tail lies inside FlexPrefill's probe (the last block of queries). Retrieval of this kind separates sparse methods; perplexity
+does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accel.evals.tasks import Answer, Sample, Task
+from accel.evals.tasks._prompts import Piece, encode, encode_parts, filler, insert, opening, require_length, sample_rng
+from accel.evals.tasks._text import paragraphs
+from accel.evals.tasks._words import KEYS
+
+DEPTHS = (0.08, 0.33, 0.58, 0.83)
+TAIL_ORDER = (2, 0, 3, 1)
+
+
+def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
+    """n prompts of exactly `n_tokens` tokens, four answers each, in tail order."""
+    return [_sample(tokenizer, n_tokens, index, seed) for index in range(n)]
+
+
+def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
+    rng = sample_rng("needle", seed, index)
+    keys = rng.sample(KEYS, len(DEPTHS))
+    numbers = [str(rng.randrange(10_000, 100_000)) for _ in DEPTHS]
+    facts = [encode_parts(tokenizer, f" The magic number for {key} is {number}.", [number]) for key, number in zip(keys, numbers, strict=True)]
+    head, tail_start = opening(tokenizer), encode(tokenizer, "\n\nTo repeat the facts:")
+    tail = [*tail_start, *(token for i in TAIL_ORDER for token in facts[i].ids)]
+    n_fixed = len(head) + len(tail) + sum(len(fact.ids) for fact in facts)
+    require_length("needle", n_tokens, 2 * n_fixed)
+    text = paragraphs()
+    prose = filler(tokenizer, text, n_tokens - n_fixed, start=rng.randrange(len(text)), separator="\n\n")
+    ids = [*insert([*head, *prose], [fact.ids for fact in facts], DEPTHS, n_tokens), *tail]
+    answers = []
+    at = n_tokens - len(tail) + len(tail_start)
+    for i in TAIL_ORDER:
+        answers.append(_answer(facts[i], at, f"{keys[i]} (at {DEPTHS[i]:.0%})", numbers[i]))
+        at += len(facts[i].ids)
+    return Sample(index, seed, tuple(ids), tuple(answers))
+
+
+def _answer(fact: Piece, at: int, question: str, number: str) -> Answer:
+    [(start, stop)] = fact.spans
+    return Answer(question, number, at + start, at + stop)
+
+
+TASK = Task(samples)

@@ -1,0 +1,201 @@
+"""Block-sparse and dense attention over ragged batches: argument checks and dispatch to an executor (design.md §4)."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from functools import cache
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from accel.errors import UnsupportedError
+from accel.kernels.block_sparse.cpu import cpu_attention
+from accel.kernels.block_sparse.cpu_probe import Precision
+from accel.kernels.block_sparse.keys import KeyView
+from accel.kernels.block_sparse.naive import naive_attention
+from accel.kernels.block_sparse.plan import BlockPlan, ImplicitPlan
+from accel.kernels.block_sparse.ragged import Ragged
+
+Impl = Literal["auto", "triton", "cpu", "naive"]
+
+# Executor runs of this process by name: "cpu", "naive", "dense-cpu", …; a run that `auto` could not give its first choice counts as "auto->naive" too.
+dispatches: Counter[str] = Counter()
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_log = logging.getLogger(__name__)
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *, scale: float, softcap: float | None = None, return_lse: Literal[False] = False,
+    out: Tensor | None = None, impl: Impl = "auto", precision: Precision = "accurate",
+) -> Tensor: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *, scale: float, softcap: float | None = None, return_lse: Literal[True],
+    out: Tensor | None = None, impl: Impl = "auto", precision: Precision = "accurate",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def block_sparse_attention(
+    q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *, scale: float, softcap: float | None = None, return_lse: bool,
+    out: Tensor | None = None, impl: Impl = "auto", precision: Precision = "accurate",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def block_sparse_attention(
+    q: Tensor,
+    keys: KeyView,
+    plan: BlockPlan,
+    lens: Ragged,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    impl: Impl = "auto",
+    precision: Precision = "accurate",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of every query row over the keys of the blocks that `plan` lists for it (sparse-attention.md §1.2, §1.4).
+
+    q: (T, Hq, D) view, last stride 1, any other strides; the rows of each sequence are given by `lens`. scale: the layer's own softmax scale.
+    Returns out (T, Hq, Dv) in q's dtype, written into `out` where given; with `return_lse` also lse (Hq, T) fp32, natural log.
+    Rows without keys and rows of q that belong to no sequence become 0 with LSE −inf. A NaN in q or k reaches the rows that see it, a NaN in v
+    at most the other rows of the same query block besides.
+    impl: "auto" runs the best executor for these tensors and may fall back (logged once, counted in `dispatches`); any other name runs or raises
+    `UnsupportedError` with the reasons. precision: "fast" computes the scores of bf16 inputs in bf16 on CPUs where that pays.
+    """
+    out = _checked(q, keys, lens, out=out, softcap=softcap)
+    if plan.block_size <= 0:
+        raise ValueError(f"the plan's block_size must be positive, got {plan.block_size}")
+    chosen = _choose(impl, q)
+    dispatches[chosen] += 1
+    return _run(chosen, q, keys, plan, lens, scale=scale, softcap=softcap, return_lse=return_lse, out=out, precision=precision)
+
+
+@overload
+def dense_attention(
+    q: Tensor, keys: KeyView, lens: Ragged, *, scale: float, softcap: float | None = None, return_lse: Literal[False] = False,
+    out: Tensor | None = None, precision: Precision = "accurate",
+) -> Tensor: ...
+
+
+@overload
+def dense_attention(
+    q: Tensor, keys: KeyView, lens: Ragged, *, scale: float, softcap: float | None = None, return_lse: Literal[True],
+    out: Tensor | None = None, precision: Precision = "accurate",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def dense_attention(
+    q: Tensor, keys: KeyView, lens: Ragged, *, scale: float, softcap: float | None = None, return_lse: bool,
+    out: Tensor | None = None, precision: Precision = "accurate",
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def dense_attention(
+    q: Tensor,
+    keys: KeyView,
+    lens: Ragged,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    precision: Precision = "accurate",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention over all keys by batched matrix products: the best dense baseline of a CPU, prefill and decode (kernels.md §0.2, §2.6).
+
+    Arguments and results as in `block_sparse_attention`, without a plan.
+    """
+    out = _checked(q, keys, lens, out=out, softcap=softcap)
+    chosen = _choose("auto", q)
+    dispatches[f"dense-{chosen}"] += 1
+    return _run(chosen, q, keys, None, lens, scale=scale, softcap=softcap, return_lse=return_lse, out=out, precision=precision)
+
+
+def _run(
+    executor: str, q: Tensor, keys: KeyView, plan: BlockPlan | None, lens: Ragged, *,
+    scale: float, softcap: float | None, return_lse: bool, out: Tensor, precision: Precision,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if executor == "naive":
+        result, full_lse = naive_attention(q, keys, plan or ImplicitPlan.dense(128), lens, scale=scale, softcap=softcap)
+        out.copy_(result)
+        return (out, full_lse.float()) if return_lse else out
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32) if return_lse else None
+    cpu_attention(q, keys, plan, lens, scale=scale, softcap=softcap, out=out, lse=lse, precision=precision)
+    return out if lse is None else (out, lse)
+
+
+def _choose(impl: Impl, q: Tensor) -> str:
+    """Name of the executor that runs; raises where the asked one cannot."""
+    if impl == "triton":
+        raise UnsupportedError("impl='triton' cannot run here", ["the Triton executor is not part of this release; use 'auto', 'cpu' or 'naive'"])
+    if impl not in ("auto", "cpu", "naive"):
+        raise ValueError(f"impl must be one of auto, triton, cpu, naive, got {impl!r}")
+    obstacles = []
+    if q.device.type != "cpu":
+        obstacles.append(f"the tensors are on {q.device.type}, the cpu executor needs them on the CPU")
+    if q.dtype not in _CPU_DTYPES:
+        obstacles.append(f"the cpu executor takes float32, bfloat16 and float16, not {q.dtype}")
+    if impl == "naive" or (impl == "auto" and obstacles):
+        if impl == "auto":
+            dispatches["auto->naive"] += 1
+            _log_fallback("; ".join(obstacles))
+        return "naive"
+    if obstacles:
+        raise UnsupportedError("impl='cpu' cannot run here", obstacles)
+    return "cpu"
+
+
+@cache
+def _log_fallback(reason: str) -> None:
+    # cached: a reason is logged once
+    _log.warning("block_sparse_attention runs its slow reference executor: %s", reason)
+
+
+def _checked(q: Tensor, keys: KeyView, lens: Ragged, *, out: Tensor | None, softcap: float | None) -> Tensor:
+    """The output tensor, after every argument has been checked."""
+    if q.dim() != 3 or q.stride(-1) != 1:
+        raise ValueError(f"q must be (tokens, heads, head_dim) with last stride 1, got shape {tuple(q.shape)}, strides {q.stride()}")
+    n_tokens, n_heads, head_dim = q.shape
+    if n_heads % keys.n_kv_heads:
+        raise ValueError(f"{n_heads} query heads cannot share {keys.n_kv_heads} key-value heads: the number must divide")
+    if head_dim != keys.head_dim:
+        raise ValueError(f"q has head_dim {head_dim}, the keys have {keys.head_dim}")
+    if q.dtype != keys.dtype:
+        raise ValueError(f"q is {q.dtype}, the keys are {keys.dtype}")
+    if q.device != keys.device:
+        raise ValueError(f"q is on {q.device}, the keys are on {keys.device}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise UnsupportedError("this attention has no backward pass", ["q requires gradients; call it under torch.no_grad()"])
+    if lens.batch != keys.kv_len.shape[0]:
+        raise ValueError(f"lens describes {lens.batch} sequences, the keys hold {keys.kv_len.shape[0]}")
+    if q.device.type == "cpu":
+        _check_lengths(n_tokens, keys, lens)
+    shape = (n_tokens, n_heads, keys.value_dim)
+    if out is None:
+        return q.new_empty(shape)
+    if tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device or out.stride(-1) != 1:
+        raise ValueError(
+            f"out must be {shape} {q.dtype} on {q.device} with last stride 1, got {tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
+        )
+    return out
+
+
+def _check_lengths(n_tokens: int, keys: KeyView, lens: Ragged) -> None:
+    if not torch.equal(lens.kv_len, keys.kv_len):
+        raise ValueError(f"lens.kv_len {lens.kv_len.tolist()} differs from keys.kv_len {keys.kv_len.tolist()}")
+    for rows in lens.rows():
+        if not 0 <= rows.q_len <= rows.kv_len:
+            raise ValueError(f"sequence {rows.index}: {rows.q_len} query rows, but {rows.kv_len} keys; the queries are the last of the keys")
+        if rows.q_len and not 0 <= rows.q_start <= n_tokens - rows.q_len:
+            raise ValueError(f"sequence {rows.index}: rows {rows.q_start}..{rows.q_start + rows.q_len - 1} lie outside the {n_tokens} rows of q")

@@ -1,0 +1,66 @@
+"""The CPU executor: one sequence after the other, by prefill tiles or by the decode path, on the route that the probe found (kernels.md §2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accel.kernels.block_sparse.cpu_common import Problem, workspace
+from accel.kernels.block_sparse.cpu_decode import attend_decode, is_decode
+from accel.kernels.block_sparse.cpu_probe import Precision, Route, fp32_products_routed, route_for
+from accel.kernels.block_sparse.cpu_tiles import attend_prefill
+from accel.kernels.block_sparse.keys import KeyView
+from accel.kernels.block_sparse.plan import BlockPlan
+from accel.kernels.block_sparse.ragged import Ragged
+
+# of dense attention, whose tiles need no plan
+DENSE_BLOCK = 128
+
+
+@torch.no_grad()
+def cpu_attention(
+    q: Tensor,
+    keys: KeyView,
+    plan: BlockPlan | None,
+    lens: Ragged,
+    *,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor | None,
+    precision: Precision = "accurate",
+    route: Route | None = None,
+) -> None:
+    """Writes the attention of every query row into `out` (T, Hq, Dv) and, where given, `lse` (Hq, T) fp32.
+
+    plan None: every key. Memory beyond the output: the packed keys and values of a few heads and the scores of one step, under 64 MB at 16K
+    (kernels.md §2.2). route: by default the one that the probe found fastest.
+    """
+    chosen = route_for(q.dtype, precision) if route is None else route
+    clear_gaps(lens, out, lse)
+    with fp32_products_routed(chosen.is_routed):
+        for rows in lens.rows():
+            if not rows.q_len:
+                continue
+            mask = plan.block_mask(rows) if plan is not None else None
+            if mask is not None and mask.shape[0] not in (1, q.shape[1]):
+                raise ValueError(f"the plan describes {mask.shape[0]} heads, q has {q.shape[1]}")
+            block_size = plan.block_size if plan is not None else DENSE_BLOCK
+            problem = Problem(q, keys, rows, mask, block_size, scale, softcap, out, lse, chosen)
+            if is_decode(rows):
+                attend_decode(problem)
+            else:
+                attend_prefill(problem)
+    workspace.trim()
+
+
+def clear_gaps(lens: Ragged, out: Tensor, lse: Tensor | None) -> None:
+    """Sets the rows that belong to no sequence to 0, their LSE to −inf."""
+    if int(lens.q_len.sum()) == out.shape[0]:
+        return
+    is_gap = torch.ones(out.shape[0], dtype=torch.bool)
+    for rows in lens.rows():
+        is_gap[rows.q_start : rows.q_start + rows.q_len] = False
+    out[is_gap] = 0
+    if lse is not None:
+        lse[:, is_gap] = -torch.inf

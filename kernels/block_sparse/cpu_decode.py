@@ -1,0 +1,78 @@
+"""Decoding on a CPU: few query rows against many keys, as two matrix products per KV head (kernels.md §2.6).
+
+torch's own attention takes 8 to 36 times as long in bf16. The G query heads of a KV head and the L rows are folded into one (G · L, D) operand.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accel.kernels.block_sparse.cpu_common import Problem, finish_scores, softmax_with_lse
+from accel.kernels.block_sparse.ragged import Rows
+
+# with more rows than this the tiles of the prefill path waste less
+MAX_ROWS = 16
+
+
+def is_decode(rows: Rows) -> bool:
+    """Whether a sequence has so few query rows that its keys are read in place rather than packed."""
+    return rows.q_len <= MAX_ROWS
+
+
+def attend_decode(problem: Problem) -> None:
+    """Writes the rows of one sequence. Heads with different lists read the union of them, masked."""
+    rows, group = problem.rows, problem.group
+    if problem.mask is None:
+        k, v = problem.keys.tokens(rows.index)
+        token = None
+    else:
+        blocks = problem.mask.any(0).any(0).nonzero()[:, 0]
+        k, v = problem.keys.gather(rows.index, blocks, problem.block_size)
+        token = (blocks[:, None] * problem.block_size + torch.arange(problem.block_size)).flatten()
+    # (L, Hkv · G, D) -> (Hkv, G · L, D)
+    q = problem.q[rows.q_start : rows.q_start + rows.q_len].unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)
+    scores = products(q, k, problem).mul_(problem.scale)
+    finish_scores(scores, problem.softcap)
+
+    # (Hkv, G · L, keys) -> (Hq, L, keys)
+    by_head = scores.view(-1, rows.q_len, scores.shape[2])
+    visible = visible_tokens(problem, token)
+    by_head.masked_fill_(~visible, -torch.inf)
+    lse = softmax_with_lse(by_head, wants_lse=problem.lse is not None)
+    # a row without keys: softmax of nothing is NaN, its result is 0; a row whose scores are NaN keeps them
+    is_empty = ~visible.any(-1, keepdim=True).expand(*by_head.shape[:2], 1)
+    by_head.masked_fill_(is_empty, 0)
+    result = weighted_values(scores, v, problem).view(-1, rows.q_len, v.shape[2])
+    problem.out[rows.q_start : rows.q_start + rows.q_len] = result.transpose(0, 1)
+    if problem.lse is not None and lse is not None:
+        problem.lse[:, rows.q_start : rows.q_start + rows.q_len] = lse.masked_fill_(is_empty[..., 0], -torch.inf)
+
+
+def visible_tokens(problem: Problem, token: Tensor | None) -> Tensor:
+    """Which of the gathered tokens (all of the sequence, where None) each row sees, (Hq or 1, L, keys) bool."""
+    rows = problem.rows
+    position = torch.arange(rows.offset, rows.kv_len)
+    if token is None or problem.mask is None:
+        return (torch.arange(rows.kv_len) <= position[:, None])[None]
+    own_block = position // problem.block_size - rows.first_block(problem.block_size)
+    listed = problem.mask[:, own_block][:, :, token // problem.block_size]
+    return listed & (token <= position[:, None])
+
+
+def products(q: Tensor, k: Tensor, problem: Problem) -> Tensor:
+    """q·k for every pair, (Hkv, G · L, keys) fp32; in the inputs' own precision where the route says so."""
+    if problem.route.score_dtype == torch.bfloat16:
+        return torch.bmm(q, k.transpose(1, 2)).float()
+    if problem.route.value_dtype == torch.bfloat16:
+        # fast bf16 hardware: the product, rounded to bf16, and what the rounding lost. Two passes over bf16 keys cost less than one conversion to fp32.
+        rounded = torch.bmm(q, k.transpose(1, 2))
+        return torch.baddbmm(rounded, q, k.transpose(1, 2), beta=-1).float().add_(rounded)
+    # keys first: with few rows on the left MKL takes five times as long
+    return torch.bmm(k.float(), q.float().transpose(1, 2)).transpose(1, 2).contiguous()
+
+
+def weighted_values(probs: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """probs (Hkv, rows, keys) fp32 times v (Hkv, keys, Dv)."""
+    dtype = problem.route.value_dtype
+    return torch.bmm(probs.to(dtype), v.to(dtype))

@@ -1,0 +1,229 @@
+"""Which library path this machine is fast in: a few timings at first use, remembered per process and on disk (kernels.md §2.5).
+
+Between CPUs the same product differs by a factor of forty: oneDNN's bf16 is 4x its fp32 with AVX512-BF16 and 20x slower with AVX2. So nothing is
+assumed from the model name. Delete `cpu_probe.json` in the cache folder to measure anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from accel.settings import cache_folder
+
+# "medium" may mean bf16 products (AMX does that): it is used only where it measurably does not
+MAX_ROUTED_ERROR = 2e-6
+# routed products and torch's own attention must win by more than the noise of the probe
+MIN_GAIN = 1.1
+# a bf16 product this many times slower than fp32 is not timed at full size, which would take seconds
+HOPELESS = 4.0
+
+Precision = Literal["accurate", "fast"]
+
+_SHAPE = (4, 128, 128, 1024)        # tiles, query rows, head size, keys
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds of one (4, 128, 128) x (4, 128, 1024) product by precision, and of attention over the same shape."""
+
+    fp32_ms: float
+    routed_ms: float        # fp32 with float32_matmul_precision "medium"
+    routed_error: float     # its relative error against float64
+    bf16_ms: float
+    softmax_ms: float       # fp32, (4, 128, 1024)
+    sdpa_fp32_ms: float     # torch's own attention, tile by tile: both products and the softmax
+    sdpa_bf16_ms: float
+
+
+@dataclass(frozen=True)
+class Route:
+    """How attention is computed: by which kernel and, for "gemm", in which precision its two products run.
+
+    is_routed: fp32 products go to oneDNN while our operator runs.
+    """
+
+    kernel: Literal["gemm", "sdpa"]
+    score_dtype: torch.dtype = torch.float32
+    value_dtype: torch.dtype = torch.float32
+    is_routed: bool = False
+
+
+def choose_route(timings: Timings, dtype: torch.dtype, precision: Precision) -> Route:
+    """The fastest path for inputs of `dtype` that is accurate enough: scores in bf16 only when `precision` is "fast"."""
+    is_routed = timings.routed_error < MAX_ROUTED_ERROR and timings.routed_ms * MIN_GAIN < timings.fp32_ms
+    fp32_ms = timings.routed_ms if is_routed else timings.fp32_ms
+    candidates = {Route("gemm", torch.float32, torch.float32, is_routed): 2 * fp32_ms + timings.softmax_ms}
+    if dtype == torch.bfloat16:
+        candidates[Route("gemm", torch.float32, torch.bfloat16, is_routed)] = fp32_ms + timings.bf16_ms + timings.softmax_ms
+        candidates[Route("sdpa")] = timings.sdpa_bf16_ms * MIN_GAIN
+        if precision == "fast":
+            candidates[Route("gemm", torch.bfloat16, torch.bfloat16)] = 2 * timings.bf16_ms + timings.softmax_ms
+    elif dtype == torch.float32:
+        candidates[Route("sdpa")] = timings.sdpa_fp32_ms * MIN_GAIN
+    # float16 is always up-cast: its products and its SDPA are slow everywhere
+    return min(candidates, key=lambda route: candidates[route])
+
+
+def has_fast_bf16(timings: Timings) -> bool:
+    """Whether a bf16 product beats converting the operands to fp32."""
+    return timings.bf16_ms < min(timings.fp32_ms, timings.routed_ms)
+
+
+def route_for(dtype: torch.dtype, precision: Precision) -> Route:
+    """This machine's `choose_route` with the present number of threads."""
+    return choose_route(machine_timings(torch.get_num_threads()), dtype, precision)
+
+
+@cache
+def machine_timings(n_threads: int) -> Timings:
+    """Timings of this machine: from the cache file where it holds them, measured and written there otherwise."""
+    key = f"{cpu_name()}/torch {torch.__version__}/{torch.backends.cpu.get_cpu_capability()}/{n_threads} threads"
+    path = cache_folder() / "cpu_probe.json"
+    known = read_timings(path)
+    if key not in known:
+        known[key] = measure()
+        write_timings(path, known)
+    return known[key]
+
+
+def read_timings(path: Path) -> dict[str, Timings]:
+    """The measurements in the file by machine; whatever is damaged is left out and so measured anew."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    names = {f.name for f in fields(Timings)}
+    if not isinstance(found, dict):
+        return {}
+    return {
+        key: Timings(**{name: float(value) for name, value in entry.items()})
+        for key, entry in found.items()
+        if isinstance(entry, dict) and entry.keys() == names and all(_is_measurement(v) for v in entry.values())
+    }
+
+
+def write_timings(path: Path, known: dict[str, Timings]) -> None:
+    """Replaces the file in one step. A folder that cannot be written costs the next process a probe, nothing else."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({key: asdict(value) for key, value in known.items()}, file, indent=2, sort_keys=True)
+        Path(name).replace(path)
+
+
+def _is_measurement(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def cpu_name() -> str:
+    """The CPU's model name where the system tells it, for the cache key."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    # family and model too: virtual machines hide the name
+    wanted = ("vendor_id", "cpu family", "model", "model name", "CPU implementer", "CPU part")
+    named = dict(line.split(":", 1) for line in lines if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in named.items()}
+    return " ".join(facts[name] for name in wanted if name in facts) or platform.machine()
+
+
+def measure() -> Timings:
+    """Times the candidates on this machine, about 20 ms (more where bf16 is emulated)."""
+    n, rows, dim, keys = _SHAPE
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(n, rows, dim, generator=generator), torch.randn(n, keys, dim, generator=generator)
+    kt = k.transpose(1, 2)
+    scores = torch.empty(n, rows, keys)
+    exact = torch.bmm(q[:1].double(), kt[:1].double())
+    with fp32_products_routed(True):
+        routed_ms = _best_ms(lambda: torch.bmm(q, kt, out=scores))
+        routed_error = float((scores[:1] - exact).norm() / exact.norm())
+    fp32_ms = _best_ms(lambda: torch.bmm(q, kt, out=scores))
+    return Timings(
+        fp32_ms=fp32_ms,
+        routed_ms=routed_ms,
+        # an exact product still counts as measured
+        routed_error=max(routed_error, 1e-12),
+        bf16_ms=_bf16_ms(q.bfloat16(), kt.bfloat16(), fp32_ms),
+        softmax_ms=_best_ms(lambda: torch.softmax(scores, -1)),
+        sdpa_fp32_ms=_sdpa_ms(q, k),
+        sdpa_bf16_ms=_sdpa_ms(q.bfloat16(), k.bfloat16()),
+    )
+
+
+def _bf16_ms(q: Tensor, kt: Tensor, fp32_ms: float) -> float:
+    # a sixty-fourth first: where bf16 is emulated the full product takes a quarter of a second
+    few = kt.shape[2] // 16
+    small = torch.empty(1, q.shape[1], few, dtype=torch.bfloat16)
+    estimate_ms = 16 * q.shape[0] * _best_ms(lambda: torch.bmm(q[:1], kt[:1, :, :few], out=small))
+    if estimate_ms > HOPELESS * fp32_ms:
+        return estimate_ms
+    scores = torch.empty(*q.shape[:2], kt.shape[2], dtype=torch.bfloat16)
+    return _best_ms(lambda: torch.bmm(q, kt, out=scores))
+
+
+def _sdpa_ms(q: Tensor, k: Tensor) -> float:
+    # one tile of 128 rows per call, as the executor calls it
+    return q.shape[0] * _best_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q[None, :1], k[None, :1], k[None, :1]))
+
+
+def _best_ms(run: Callable[[], object], repeats: int = 3) -> float:
+    # the minimum: whatever else the machine does can only add
+    run()
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+    return best * 1e3
+
+
+_precision_lock = threading.Lock()
+_n_inside = 0
+_precision_before = "highest"
+
+
+@contextlib.contextmanager
+def fp32_products_routed(is_routed: bool) -> Iterator[None]:
+    """Sends fp32 products to oneDNN while inside, where `is_routed`; the process-wide setting is given back at the end, errors included.
+
+    Uses torch's older setter: after the newer one the older *getter* raises, and other libraries call it. Where somebody has used the newer one
+    already, the setting is theirs and stays.
+    """
+    global _n_inside, _precision_before
+    try:
+        is_ours = is_routed and bool(torch.get_float32_matmul_precision())
+    except RuntimeError:
+        is_ours = False
+    if not is_ours:
+        yield
+        return
+    # threads may be inside at once: the first one in remembers the setting, the last one out restores it
+    with _precision_lock:
+        if _n_inside == 0:
+            _precision_before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")
+        _n_inside += 1
+    try:
+        yield
+    finally:
+        with _precision_lock:
+            _n_inside -= 1
+            if _n_inside == 0:
+                torch.set_float32_matmul_precision(_precision_before)

@@ -1,0 +1,41 @@
+"""The selection of one sequence, streaming: one head of the probe at a time, then everything batched over heads."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from accel.kernels.block_sparse import Rows
+from accel.kernels.flex_index.probe import run_probe, sum_blocks
+from accel.kernels.flex_index.result import HeadDiagnostics, SequenceSelection
+from accel.kernels.flex_index.rule import SelectionRule
+from accel.kernels.flex_index.select import estimate_probe, js_distance, query_aware_tiles, select_lines, slash_block_mass
+
+
+def select_sequence(q: Tensor, k: Tensor, rows: Rows, rule: SelectionRule, *, scale: float, softcap: float | None) -> SequenceSelection:
+    """Blocks of one sequence. q: (L, Hq, D), k: (Hkv, N, D), views in any floating dtype; the arithmetic is fp32."""
+    scale = rule.scale_of(scale, q.shape[-1])
+    probe = run_probe(q, k, rows, block_size=rule.block_size, scale=scale, softcap=softcap)
+    vertical_mass = sum_blocks(probe.column_mass, rule.block_size)
+    slash_mass = slash_block_mass(probe.distance_mass, rule)
+    estimate = estimate_probe(probe.mean_query, probe.mean_keys, rows, rule, scale=scale, softcap=softcap)
+    distance = js_distance(estimate, vertical_mass, is_guarded=not rule.is_published)
+    is_query_aware = distance < rule.tau
+    is_finite = probe.column_mass.sum(-1).isfinite() & estimate.isfinite().all(-1)
+
+    vertical, vertical_tokens, vertical_blocks = select_lines(probe.column_mass, vertical_mass, is_query_aware, rule.sink_blocks, rule)
+    slash, slash_tokens, slash_blocks = select_lines(probe.distance_mass, slash_mass, is_query_aware, rule.local_blocks, rule)
+    heads, extra = is_query_aware.nonzero()[:, 0], None
+    if heads.numel():
+        extra, is_finite[heads] = query_aware_tiles(q, probe.mean_keys, heads, rows, rule, scale=scale, softcap=softcap)
+    diagnostics = HeadDiagnostics(
+        is_query_aware=is_query_aware,
+        distance=distance,
+        vertical_tokens=vertical_tokens,
+        slash_tokens=slash_tokens,
+        vertical_blocks=vertical_blocks,
+        slash_blocks=slash_blocks,
+        vertical_mass=vertical_mass,
+        slash_mass=slash_mass,
+        tile_mass=probe.tile_mass,
+    )
+    return SequenceSelection(vertical, slash, heads, extra, is_finite, diagnostics)

@@ -1,0 +1,31 @@
+"""The dense control: sparsifies nothing, counts every call. With `dense_kernel="gemm"` it is the best dense baseline of a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from accel.protocols import AttentionContext, AttentionStep, ModelInfo, RunDense, SparseAttention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accel.kernels.block_sparse import KeyView
+
+_REASON = "dense control"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense(SparseAttention):
+    """Leaves every call dense: the model's own attention, or our matrix-product path with `dense_kernel="gemm"` (kernels.md §0.2)."""
+
+    trainable: ClassVar[bool] = True
+
+    def dense_reason(self, step: AttentionStep) -> str | None:
+        return _REASON
+
+    def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> RunDense:
+        return RunDense(_REASON)
+
+    def notice(self, model: ModelInfo) -> str | None:
+        return None

@@ -1,0 +1,98 @@
+"""The lazy mask: nothing is built unless the original attention asks, and then once per forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import accel
+import pytest
+import torch
+from accel.patches.hosts.transformers.attend import runs_of
+from accel.patches.hosts.transformers.masks import LazyMask, mask_function_for
+from support import tiny_llama
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The calls of the original mask function."""
+    calls: list[dict[str, Any]] = []
+    original = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+
+    def counting(**arguments: Any) -> Any:
+        calls.append(arguments)
+        return original(**arguments)
+
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "sdpa", counting)
+    return calls
+
+
+def padded_batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(2, 64, (2, 96), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def test_a_sparse_forward_builds_no_mask(built: list) -> None:
+    model = tiny_llama()
+    with accel.apply(model, "streaming", window_blocks=1, block_size=16, min_seq_len=0) as handle:
+        model(**padded_batch())
+        assert handle.stats.total.sparse_calls == 3
+    assert built == []
+
+
+@torch.no_grad()
+def test_a_dense_forward_builds_one_mask_for_all_layers(built: list) -> None:
+    model = tiny_llama()
+    with accel.apply(model, "streaming", window_blocks=1, block_size=16, min_seq_len=1000):
+        model(**padded_batch())
+    assert len(built) == 1
+
+
+def lazy(**changes: Any) -> LazyMask:
+    arguments = {"batch_size": 1, "q_length": 4, "kv_length": 6, "q_offset": 2, "kv_offset": 0, **changes}
+    mask = mask_function_for("sdpa")(**arguments)
+    assert isinstance(mask, LazyMask)
+    return mask
+
+
+def test_the_offset_of_a_static_cache_is_frozen_when_the_mask_is_made() -> None:
+    counter = torch.tensor(2)
+    mask = lazy(q_offset=counter)
+    counter += 4
+    assert int(mask.q_offset) == 2
+    assert mask.build()[0, 0].sum(-1).tolist() == [3, 4, 5, 6]
+
+
+def test_only_the_plain_causal_rule_counts_as_plain() -> None:
+    assert lazy().is_plain_causal
+    assert not lazy(mask_function=and_masks(causal_mask_function, causal_mask_function)).is_plain_causal
+    assert not lazy(kv_offset=1).is_plain_causal
+
+
+def test_a_mask_that_comes_back_is_returned_unchanged() -> None:
+    mask = lazy()
+    assert mask_function_for("sdpa")(batch_size=1, q_length=4, kv_length=6, attention_mask=mask) is mask
+
+
+def test_a_decoding_step_on_a_static_cache_gets_a_tensor() -> None:
+    mask = mask_function_for("sdpa")(batch_size=1, q_length=1, kv_length=8, q_offset=torch.tensor(3), allow_is_causal_skip=False)
+    assert mask.tolist() == [[[[True] * 4 + [False] * 4]]]
+
+
+def test_padding_is_extended_with_missing_keys() -> None:
+    mask = lazy(attention_mask=torch.tensor([[False, True, True]]))
+    assert mask.valid_keys(5).tolist() == [[False, True, True, False, False]]
+    assert lazy().valid_keys(5) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [([0, 0, 1, 1], (2, 4)), ([1, 1, 0, 0], (0, 2)), ([0, 1, 1, 0], (1, 3)), ([1, 1, 1, 1], (0, 4)), ([1, 0, 1, 1], None), ([0, 0, 0, 0], (0, 0))],
+    ids=["left", "right", "both", "none", "hole", "all"],
+)
+def test_runs_of_padding(row: list[int], expected: tuple[int, int] | None) -> None:
+    runs = runs_of(torch.tensor([row], dtype=torch.bool))
+    assert (runs and tuple(int(t) for t in runs)) == expected

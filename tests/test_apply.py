@@ -1,0 +1,205 @@
+"""`accel.apply`: what it accepts, and how it refuses without leaving anything behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import accel
+import pytest
+import torch
+from accel.kernels.block_sparse import BlockPlan, ImplicitPlan, KeyView
+from accel.protocols import AttentionContext, Keep, ModelInfo, PruningContext, RunDense, SparseAttention, Stage, TokenPruning
+from support import tiny_llama
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window(SparseAttention):
+    """Sink and window on a grid small enough for tiny models."""
+
+    trainable: ClassVar[bool] = True
+    window_blocks: int = 1
+
+    def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> BlockPlan | RunDense:
+        return ImplicitPlan(16, self.window_blocks, 1, powers=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unbindable(Window):
+    """Fails after the model was asked about, as a method whose calibration file is missing does."""
+
+    def bind(self, model: ModelInfo) -> Unbindable:
+        raise FileNotFoundError("routers.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(TokenPruning):
+    def stages(self, model: ModelInfo) -> list[Stage]:
+        return []
+
+    def keep(self, ctx: PruningContext) -> Keep | None:
+        return None
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return tiny_llama()
+
+
+@pytest.fixture
+def ids() -> Tensor:
+    return torch.randint(2, 64, (1, 100), generator=torch.Generator().manual_seed(1))
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    return {
+        "implementation": model.config._attn_implementation,
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "state_dict": list(model.state_dict()),
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+    }
+
+
+@torch.no_grad()
+def test_apply_changes_the_output_and_undo_gives_it_back_bit_for_bit(model: nn.Module, ids: Tensor) -> None:
+    before, dense = snapshot(model), model(ids).logits
+    handle = accel.apply(model, Window(min_seq_len=0))
+    assert (model(ids).logits - dense).abs().max() > 1e-3
+    assert handle.stats.total.sparse_calls == 3
+    handle.undo()
+    handle.undo()
+    assert torch.equal(model(ids).logits, dense)
+    assert snapshot(model) == before
+
+
+@torch.no_grad()
+def test_paused_is_the_dense_model(model: nn.Module, ids: Tensor) -> None:
+    dense = model(ids).logits
+    with accel.apply(model, Window(min_seq_len=0)) as handle:
+        with handle.paused():
+            assert torch.equal(model(ids).logits, dense)
+            assert handle.stats.total.sparse_calls == 0
+        assert not torch.equal(model(ids).logits, dense)
+
+
+@torch.no_grad()
+def test_the_context_manager_undoes_after_an_error(model: nn.Module, ids: Tensor) -> None:
+    dense = model(ids).logits
+    with pytest.raises(KeyError), accel.apply(model, Window(min_seq_len=0)):
+        raise KeyError
+    assert torch.equal(model(ids).logits, dense)
+
+
+def test_a_second_apply_names_the_method_that_is_on(model: nn.Module) -> None:
+    with accel.apply(model, Window()) as handle:
+        with pytest.raises(accel.PatchError, match=Window.method_name()):
+            accel.apply(model, Window())
+        assert handle.is_active
+        assert handle.patched_layers == [0, 1, 2]
+    accel.apply(model, Window()).undo()
+
+
+def test_a_failing_bind_leaves_the_model_untouched(model: nn.Module) -> None:
+    before = snapshot(model)
+    with pytest.raises(FileNotFoundError, match="routers"):
+        accel.apply(model, Unbindable())
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("flexprefil",), {}, "did you mean 'flexprefill'"),
+        (("flexprefill",), {"gama": 0.9}, "did you mean 'gamma'"),
+        (("flexprefill",), {"gamma": 1.5}, "gamma"),
+        (("flexprefill",), {"gamma": float("nan")}, "gamma"),
+        (("flexprefill", "powerattention"), {"gamma": 0.9}, "single method name"),
+        ((Window(),), {"gamma": 0.9}, "single method name"),
+        ((3,), {}, "a method is a name"),
+    ],
+    ids=["unknown method", "unknown option", "out of range", "nan", "options for two", "options for an object", "no method"],
+)
+def test_wrong_methods_and_options_explain_themselves(model: nn.Module, arguments: tuple, options: dict, message: str) -> None:
+    before = snapshot(model)
+    with pytest.raises(accel.OptionError, match=message):
+        accel.apply(model, *arguments, **options)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("methods", "reason"),
+    [((Window(), Window(window_blocks=2)), "at most one sparse-attention"), ((Pruner(),), "does not run token pruning")],
+    ids=["two sparse methods", "kind this host does not run"],
+)
+def test_impossible_combinations_are_refused_with_reasons(model: nn.Module, methods: tuple, reason: str) -> None:
+    before = snapshot(model)
+    with pytest.raises(accel.UnsupportedError) as caught:
+        accel.apply(model, *methods)
+    assert any(reason in r for r in caught.value.reasons)
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("thing", [nn.Linear(2, 2), "a path", None], ids=["plain module", "string", "nothing"])
+def test_what_is_no_transformers_model_is_refused(thing: object) -> None:
+    with pytest.raises(accel.UnsupportedError, match="cannot patch an object of type"):
+        accel.apply(thing, Window())
+
+
+def test_a_recipe_applies_like_its_methods(model: nn.Module) -> None:
+    with accel.apply(model, accel.Recipe(methods=(Window(min_seq_len=7),))) as handle:
+        assert handle.methods == (Window(min_seq_len=7),)
+
+
+@torch.no_grad()
+def test_calls_below_min_seq_len_run_dense_bit_for_bit_and_are_counted(model: nn.Module, ids: Tensor) -> None:
+    dense = model(ids).logits
+    with accel.apply(model, Window(min_seq_len=101)) as handle:
+        assert torch.equal(model(ids).logits, dense)
+        assert handle.stats.total.dense_calls == {"shorter than 101 tokens": 3}
+
+
+@torch.no_grad()
+def test_a_prompt_past_the_models_positions_runs_dense(ids: Tensor) -> None:
+    model = tiny_llama(max_position_embeddings=64)
+    dense = model(ids).logits
+    with accel.apply(model, Window(min_seq_len=0)) as handle:
+        assert torch.equal(model(ids).logits, dense)
+        assert handle.stats.total.dense_calls == {"longer than the model's 64 positions": 3}
+
+
+@torch.no_grad()
+def test_an_observer_sees_every_sparse_plan(model: nn.Module, ids: Tensor) -> None:
+    seen = []
+    with accel.apply(model, Window(min_seq_len=0)) as handle, handle.observe(lambda **event: seen.append(event)):
+        model(ids)
+    assert [event["step"].layer for event in seen] == [0, 1, 2]
+    assert all(event["plan"] == ImplicitPlan(16, 1, 1, powers=False) for event in seen)
+
+
+def test_gradients_flow_through_a_trainable_method(model: nn.Module, ids: Tensor) -> None:
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    model(ids, labels=ids).loss.backward()
+    dense_gradient = weight.grad.clone()
+    with accel.apply(model, Window(min_seq_len=0, window_blocks=99)):
+        weight.grad = None
+        model(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(weight.grad, dense_gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_method_without_gradients_refuses_the_backward_pass(model: nn.Module, ids: Tensor) -> None:
+    with accel.apply(model, "random_blocks", min_seq_len=0, block_size=16, density=0.5):
+        loss = model(ids, labels=ids).loss
+        with pytest.raises(accel.UnsupportedError, match="no gradients"):
+            loss.backward()
+
+
+@torch.no_grad()
+def test_stats_survive_a_reset_in_the_middle(model: nn.Module, ids: Tensor) -> None:
+    with accel.apply(model, Window(min_seq_len=0)) as handle:
+        model(ids)
+        handle.stats.reset()
+        model(ids)
+        assert handle.stats.total.sparse_calls == 3
+        # 7 blocks a side: sink and own block in every row, so 1 + 6 · 2 of 28 tiles
+        assert handle.stats.density == pytest.approx(13 / 28)

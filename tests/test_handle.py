@@ -1,0 +1,84 @@
+"""The undo log: everything comes back, in reverse order, whatever happens in between."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+from accel.handle import Handle
+
+
+@pytest.fixture
+def handle() -> Handle:
+    return Handle([], "nowhere")
+
+
+def test_undo_restores_the_same_object_and_removes_what_was_new(handle: Handle) -> None:
+    original = object()
+    owner = types.SimpleNamespace(present=original)
+    handle.set_attr(owner, "present", 1)
+    handle.set_attr(owner, "absent", 2)
+    handle.undo()
+    assert owner.present is original
+    assert not hasattr(owner, "absent")
+
+
+def test_two_changes_of_one_attribute_are_undone_newest_first(handle: Handle) -> None:
+    owner = types.SimpleNamespace(x="first")
+    handle.set_attr(owner, "x", "second")
+    handle.set_attr(owner, "x", "third")
+    handle.undo()
+    assert owner.x == "first"
+
+
+def test_an_attribute_shadowing_a_class_attribute_is_removed_not_copied(handle: Handle) -> None:
+    class Owner:
+        x = "of the class"
+
+    owner = Owner()
+    handle.set_attr(owner, "x", "of the instance")
+    handle.undo()
+    assert "x" not in vars(owner)
+    assert owner.x == "of the class"
+
+
+def test_a_failing_step_does_not_keep_the_others_from_running(handle: Handle) -> None:
+    owner = types.SimpleNamespace(x=1)
+    handle.set_attr(owner, "x", 2)
+
+    def fail() -> None:
+        raise RuntimeError("cannot restore")
+
+    handle.on_undo(fail)
+    with pytest.raises(ExceptionGroup, match="could not restore"):
+        handle.undo()
+    assert owner.x == 1
+    handle.undo()  # nothing is left to fail
+
+
+def test_pausing_switches_off_and_on_also_after_an_error(handle: Handle) -> None:
+    switched: list[bool] = []
+    handle.on_pause(switched.append)
+    with pytest.raises(KeyError), handle.paused():
+        raise KeyError
+    assert switched == [False, True]
+
+
+def test_report_groups_skipped_layers_and_counts_calls(handle: Handle) -> None:
+    handle.patched_layers = [1, 2, 4]
+    handle.skipped_layers = {0: "sliding window", 3: "sliding window"}
+    handle.stats.layer(1).sparse_calls = 2
+    handle.stats.layer(1).active_tiles, handle.stats.layer(1).causal_tiles = 1, 4
+    handle.stats.layer(2).dense_calls["decode"] = 7
+    report = handle.report()
+    assert "3 of 5 layers" in report
+    assert "skipped 0, 3: sliding window" in report
+    assert "2 sparse (density 0.25)" in report
+    assert "7 dense (decode)" in report
+
+
+def test_a_reset_starts_new_counters(handle: Handle) -> None:
+    handle.stats.layer(0).dense_calls["decode"] += 1
+    handle.stats.reset()
+    assert handle.stats.total.dense_calls == {}
+    assert handle.stats.density is None

@@ -1,0 +1,229 @@
+"""The search finds the optimum of a toy method, goes on after a kill, and the crossover is the length from which a gain stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from outsider import write_toy_package
+
+from accel import FlexPrefill, OptionError, Recipe, UnsupportedError, registry
+from accel.crossover import NEVER_TOKENS
+from accel.protocols import Objective
+from accel.tune import TuneResult, objective_named, tunable_options, tune
+from accel.tune_crossover import LengthTimes, crossover_recipe, find_crossover, measure_crossover
+
+ROOT = Path(__file__).parent.parent
+
+pytest.importorskip("optuna")
+
+
+@pytest.fixture(autouse=True)
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    write_toy_package(folder)
+    monkeypatch.syspath_prepend(folder)
+
+    def clear() -> None:
+        registry.method_names.cache_clear()
+        registry.method_class.cache_clear()
+        sys.modules.pop("toy", None)
+
+    clear()
+    yield folder
+    monkeypatch.undo()
+    clear()
+
+
+def search(folder: Path, trials: int, **changes: Any) -> TuneResult:
+    arguments = {"model": str(folder.parent / "calls.txt"), "data": None, "folder": folder, "show_progress": False, **changes}
+    return tune("toy", objective_named("toy", None), trials=trials, **arguments)
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder.parent / "calls.txt").read_text().splitlines()
+
+
+def test_search_beats_the_defaults_and_writes_a_recipe_that_loads(tmp_path: Path) -> None:
+    result = search(tmp_path / "run", 25)
+    assert result.n_done == 25
+    assert result.default_score == pytest.approx(-((0.9 - 0.25) ** 2) - 1)
+    assert result.score > -0.05
+    assert result.best.options()["mode"] == ("b", 1)
+    recipe = Recipe.load(result.recipe)
+    assert recipe.methods == (result.best,)
+    assert "best of 25 trials" in recipe.note
+    written = json.loads((tmp_path / "run" / "trials.json").read_text())
+    assert written["score"] == result.score
+    assert len(written["trials"]) == 25
+
+
+def test_first_trial_is_the_method_with_its_defaults(tmp_path: Path) -> None:
+    result = search(tmp_path / "run", 1)
+    assert calls(tmp_path / "run") == ["0.9 4 ('a', 1)"]
+    assert result.score == result.default_score
+    assert result.best == registry.build("toy")
+
+
+def test_killed_search_goes_on_where_it_stopped(tmp_path: Path, toy: Path) -> None:
+    folder = tmp_path / "run"
+    code = (
+        "import sys; from pathlib import Path; from accel.tune import tune, objective_named\n"
+        "tune('toy', objective_named('toy', None), model=sys.argv[2], data=4, trials=10, folder=Path(sys.argv[1]), show_progress=False)"
+    )
+    paths = os.pathsep.join([str(ROOT), str(toy)])
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(tmp_path / "calls.txt")], env={**os.environ, "PYTHONPATH": paths}, timeout=120
+    )
+    assert killed.returncode == 9, "the toy ends its process in the middle of the fourth trial"
+    before = calls(folder)
+    assert len(before) == 4
+    assert not (folder / "recipe.yaml").exists()
+
+    result = search(folder, 10)
+
+    assert result.n_done == 10
+    after = calls(folder)
+    assert len(after) == 4 + 7, "three trials were kept, the fourth is repeated"
+    assert after[4] == before[3]
+    assert len(set(after)) == 10, "a resumed sampler does not draw its old numbers again"
+
+
+def test_finished_search_is_not_run_again(tmp_path: Path) -> None:
+    first = search(tmp_path / "run", 3)
+    second = search(tmp_path / "run", 3)
+    assert len(calls(tmp_path / "run")) == 3
+    assert second == first
+
+
+@pytest.mark.parametrize("change", [{"about": {"model": "another"}}, {"fixed": {"size": 8}}, {"fixed": {"mode": ("b", 1)}}], ids=str)
+def test_folder_of_another_search_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    search(tmp_path / "run", 1, about={"model": "one"})
+    with pytest.raises(UnsupportedError, match="holds another search"):
+        search(tmp_path / "run", 2, **{"about": {"model": "one"}, **change})
+
+
+def test_given_options_are_kept_and_not_searched(tmp_path: Path) -> None:
+    given = {"size": 9, "mode": ("b", 1)}
+    result = search(tmp_path / "run", 4, fixed=given)
+    assert {call.split(" ", 1)[1] for call in calls(tmp_path / "run")} == {"9 ('b', 1)"}
+    assert result.best.options()["size"] == 9
+    assert search(tmp_path / "run", 5, fixed=given).n_done == 5, "tuples come back from the study as lists and are still the same search"
+
+
+def test_refused_options_count_as_failed_and_the_search_goes_on(tmp_path: Path) -> None:
+    def only_small(method: Any, model: Any, data: Any) -> float:
+        if method.weight > 0.5:
+            raise OptionError("too large")
+        return float(method.weight)
+
+    result = tune("toy", Objective("small", only_small), model=None, data=None, trials=20, folder=tmp_path, show_progress=False)
+    assert result.n_failed >= 1
+    assert result.n_done + result.n_failed == 20
+    assert result.default_score is None
+    assert 0 < result.score <= 0.5
+    errors = {trial["error"] for trial in json.loads((tmp_path / "trials.json").read_text())["trials"]}
+    assert errors == {None, "too large"}
+
+
+def test_objective_to_be_made_small_is_made_small(tmp_path: Path) -> None:
+    goal = Objective("weight", lambda method, model, data: method.weight, minimize=True)
+    result = tune("toy", goal, model=None, data=None, trials=12, folder=tmp_path, show_progress=False)
+    assert result.score == min(trial["score"] for trial in json.loads((tmp_path / "trials.json").read_text())["trials"])
+    assert result.score < 0.9
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_search_without_a_single_score_is_an_error_with_the_reasons(value: float, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=f"none of 2 trials of toy succeeded(?s:.)*the score is {value}"):
+        tune("toy", Objective("none", lambda *_: value), model=None, data=None, trials=2, folder=tmp_path, show_progress=False)
+
+
+def test_mistake_in_an_objective_is_not_swallowed(tmp_path: Path) -> None:
+    def broken(method: Any, model: Any, data: Any) -> float:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError, match="bug"):
+        tune("toy", Objective("broken", broken), model=None, data=None, trials=3, folder=tmp_path, show_progress=False)
+
+
+def test_what_can_be_tuned_is_listed_for_people() -> None:
+    assert tunable_options("toy") == [
+        "weight: 0 to 1", "size: 1 to 64, whole numbers, logarithmic", "mode: one of ('a', 1), ('b', 1)",
+    ]  # fmt: skip
+    with pytest.raises(OptionError, match="toy is tuned for one of: closeness; got 'speed'"):
+        objective_named("toy", "speed")
+    with pytest.raises(OptionError, match="accel tune crossover"):
+        objective_named("dense", None)
+
+
+def test_method_with_nothing_to_tune_and_no_trials_are_refused(tmp_path: Path) -> None:
+    goal = Objective("any", lambda *_: 0.0)
+    with pytest.raises(OptionError, match="dense has nothing to tune"):
+        tune("dense", goal, model=None, data=None, trials=1, folder=tmp_path)
+    with pytest.raises(OptionError, match="trials must be at least 1"):
+        tune("toy", goal, model=None, data=None, trials=0, folder=tmp_path)
+
+
+# --- crossover ----------------------------------------------------------------------------------------------------------------
+
+
+def row(tokens: int, stock: float, gemm: float, sparse_calls: int = 1) -> LengthTimes:
+    return LengthTimes(tokens, {}, {"dense (sdpa)": stock, "dense (gemm)": gemm}, sparse_calls)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([row(1024, 0.9, 0.8), row(2048, 1.5, 1.1), row(4096, 2.0, 1.4)], 2048),
+        ([row(4096, 2.0, 1.4), row(1024, 0.9, 0.8), row(2048, 1.5, 1.1)], 2048),
+        ([row(1024, 1.5, 1.2), row(2048, 1.5, 0.9), row(4096, 2.0, 1.4)], 4096),
+        ([row(1024, 2.0, 0.9), row(2048, 2.5, 0.99)], None),
+        ([row(1024, 1.01, 1.01)], None),
+        ([row(1024, 1.5, 1.5, sparse_calls=0), row(2048, 1.5, 1.5)], 2048),
+        ([row(1024, 1.5, 1.5), row(2048, 1.5, 1.5, sparse_calls=0)], None),
+        ([row(1024, float("nan"), 1.5)], None),
+    ],
+    ids=["from_2k", "any_order", "gain_must_stay", "only_faster_than_stock", "within_noise", "ran_dense_at_1k", "ran_dense_at_last", "nan"],
+)
+def test_crossover_is_the_length_from_which_it_stays_faster_than_the_best_dense(rows: list[LengthTimes], expected: int | None) -> None:
+    assert find_crossover(rows) == expected
+
+
+def test_recipe_holds_the_crossover_and_says_so_where_sparse_never_pays() -> None:
+    pays = crossover_recipe(FlexPrefill(gamma=0.9), [row(1024, 0.5, 0.5), row(2048, 2, 2)], where="model")
+    assert pays.methods == (FlexPrefill(gamma=0.9, min_seq_len=2048),)
+    assert "from 2048 to 2048 tokens (model)" in pays.note
+    never = crossover_recipe(FlexPrefill(), [row(1024, 0.5, 0.5), row(2048, 2, 0.9)], where="model")
+    assert never.methods == (FlexPrefill(min_seq_len=NEVER_TOKENS),)
+    assert "never faster than the best dense attention up to 2048 tokens" in never.note
+
+
+def test_measurement_covers_every_length_once_in_rising_order_with_both_baselines() -> None:
+    import torch
+    from support import tiny_llama
+
+    model = tiny_llama()
+    ids = torch.arange(96).reshape(1, 96) % model.config.vocab_size
+    method = FlexPrefill(min_seq_len=10**6, block_size=16, min_budget=16)
+    times = measure_crossover(model, ids, method, [96, 64, 64], repeats=2, show_progress=False)
+    assert [row.tokens for row in times] == [64, 96]
+    for row in times:
+        assert set(row.speedup) == set(row.ms) - {"flexprefill"}
+        assert len(row.speedup) == 2
+        assert row.sparse_calls == model.config.num_hidden_layers, "min_seq_len of the method is set aside while measuring"
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [8, 17]], ids=["none", "zero", "beyond_the_text"])
+def test_lengths_outside_the_text_are_refused(lengths: list[int]) -> None:
+    import torch
+
+    with pytest.raises(OptionError, match="between 1 and 16"):
+        measure_crossover(None, torch.zeros(1, 16, dtype=torch.long), FlexPrefill(), lengths, show_progress=False)

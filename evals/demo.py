@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,35 +20,37 @@ from accel.evals.latency import LatencyRow, Pass, baselines, quiet_notices, rows
 from accel.evals.models import LoadedModel
 from accel.evals.scoring import Scored, score
 from accel.evals.tasks import Sample, load_task
-from accel.kernels.block_sparse.plan import ImplicitPlan
-from accel.kernels.block_sparse.ragged import Ragged
 from accel.protocols import Method, SparseAttention
 from accel.registry import build
 
 WARM_UP_TOKENS = 512
+# a prompt of twice the length takes 3.0 to 3.5 times as long (smollm2-baseline.md §3)
+GROWTH_PER_DOUBLING = 3.3
 MAX_ROUNDS = 5
+N_CONTROLS = 3
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt: what is asked and how long it is. `is_scored`: whether its answers are reported, or only its time."""
+    """One prompt. `title`: what its score counts; None where only its time is reported.
+
+    shorter_tokens: the length taken instead where the machine is too slow for `tokens` within the time given. None: never shortened.
+    """
 
     task: str
     tokens: int
-    title: str
-    is_scored: bool = True
+    title: str | None
+    shorter_tokens: int | None = None
 
 
-CASES = (
-    Case("needle", 4096, "needles"),
-    Case("fewshot", 8192, "few-shot labels"),
-    Case("needle", 2048, "time below the crossover", is_scored=False),
-)
+CASES = (Case("needle", 4096, "needles found"), Case("fewshot", 8192, "few-shot labels right", shorter_tokens=4096), Case("needle", 2048, None))
 
 
 @dataclass
 class Measured:
-    """Everything measured on one case: passes in the order of the rounds, the scores of the first, and what the heads read in it."""
+    """One case: passes of every variant in the order of the rounds, the scores of the first round, and what the heads read in it."""
 
     case: Case
     sample: Sample
@@ -61,52 +62,100 @@ class Measured:
     round_s: float = 0.0
 
     def rows(self) -> list[LatencyRow]:
+        """Table rows, baselines first."""
         return rows_from_passes("ttft_ms", self.case.tokens, self.variants, self.base, self.passes, {})
 
 
 def run_demo(
-    loaded: LoadedModel, recipe: Sequence[Method], *, cases: Sequence[Case] = CASES, seed: int, deadline: float, progress: Callable[[str], None]
+    loaded: LoadedModel, method: SparseAttention, *, cases: Sequence[Case] = CASES, seed: int, deadline: float, progress: Progress
 ) -> list[Measured]:
     """Measures every case once, then repeats whole rounds of all variants while they are expected to end before `deadline`.
 
-    recipe: the methods the demo is about; the first must be sparse attention. deadline: in seconds of `time.perf_counter`.
+    method: the one the demo is about. deadline: seconds on the clock of `time.perf_counter`. The first case always runs in full; a later
+    one is shortened, never dropped, where its first round is not expected to end in time.
     """
+    done: list[Measured] = []
+    density: float | None = None
     with torch.no_grad(), quiet_notices():
-        first = _first_case(loaded, recipe, cases[0], seed=seed, progress=progress)
-        done = [first]
-        for case in cases[1:]:
-            done.append(_first_round(loaded, recipe, case, seed=seed, fallback=first.passes[_label(recipe)][0].density, progress=progress))
+        for case in (_in_time(case, done, deadline) for case in cases):
+            [sample] = load_task(case.task).samples(loaded.tokenizer, case.tokens, 1, seed)
+            base = baselines(loaded.model)
+            measured = Measured(case, sample, {**base, type(method).__name__: [method]}, list(base))
+            if not done:
+                _warm_up(loaded, measured.variants, seed)
+            _round(loaded, measured, progress)
+            # where the method itself ran dense, the controls do so as well, and their density is only what they would have kept
+            density = measured.passes[type(method).__name__][0].density or density or 0.5
+            measured.variants |= controls(method, density)
+            _round(loaded, measured, progress)
+            done.append(measured)
         _further_rounds(loaded, done, deadline, progress)
     return done
 
 
+def controls(method: SparseAttention, density: float) -> dict[str, list[Method]]:
+    """What is shown beside the method: from the same length on, and at its density where they can be set to one."""
+    options: Mapping[str, dict[str, Any]] = {"powerattention": {}, "streaming": {"density": density}, "random_blocks": {"density": density}}
+    built = [build(name, {"min_seq_len": method.min_seq_len, **own}) for name, own in options.items()]
+    return {type(control).__name__: [control] for control in built}
+
+
 def n_first_passes(model: Any, cases: Sequence[Case] = CASES) -> int:
     """Passes of the rounds that always run, for a progress bar."""
-    return len(cases) * (len(baselines(model)) + 4)
+    return len(cases) * (len(baselines(model)) + 1 + N_CONTROLS)
 
 
-def controls(reference: SparseAttention, density: float, tokens: int) -> dict[str, list[Method]]:
-    """The methods shown beside the recipe's, at its density where they can be set to one, and sparse from the same length on."""
-    shared = {"min_seq_len": reference.min_seq_len}
-    window = window_blocks_at(density, tokens, reference_block(reference))
-    options: dict[str, dict[str, Any]] = {
-        "powerattention": {},
-        "streaming": {"window_blocks": window},
-        "random_blocks": {"density": density},
-    }
-    return {type(m).__name__: [m] for m in (build(name, {**shared, **own}) for name, own in options.items())}
+def _round(loaded: LoadedModel, measured: Measured, progress: Progress) -> None:
+    """One pass of every variant that has fewer passes than the round asks for, in order."""
+    start = time.perf_counter()
+    fewest = min(len(measured.passes.get(label, ())) for label in measured.variants)
+    for label, methods in measured.variants.items():
+        if len(measured.passes.get(label, ())) > fewest:
+            continue
+        progress(f"{label}, {measured.case.task}, {measured.case.tokens} tokens")
+        done, scored, maps = _scored_pass(loaded, measured.sample, methods)
+        measured.passes.setdefault(label, []).append(done)
+        if label not in measured.scored:
+            measured.scored[label], measured.maps[label] = scored, maps
+    measured.round_s += time.perf_counter() - start
 
 
-def reference_block(method: SparseAttention) -> int:
-    """Tokens per block of the recipe's method."""
-    return getattr(method, "block_size", None) or 128
+def _further_rounds(loaded: LoadedModel, done: Sequence[Measured], deadline: float, progress: Progress) -> None:
+    """Whole rounds, the case with the fewest first and of these the longest prompt, as long as the next one fits before the deadline."""
+    while True:
+        behind = [m for m in done if (n := _n_rounds(m)) < MAX_ROUNDS and time.perf_counter() + m.round_s / n < deadline]
+        if not behind:
+            return
+        _round(loaded, min(behind, key=lambda m: (_n_rounds(m), -m.case.tokens)), progress)
 
 
-def window_blocks_at(density: float, tokens: int, block_size: int) -> int:
-    """Window, in blocks, with which one sink block and a window come nearest to `density` of a prompt's causal tiles."""
-    lens = Ragged.of([tokens], [tokens])
+def _in_time(case: Case, done: Sequence[Measured], deadline: float) -> Case:
+    """The case, shortened where the growth of the first one says that it will not end before the deadline."""
+    if not done or case.shorter_tokens is None:
+        return case
+    first = done[0]
+    expected_s = first.round_s * GROWTH_PER_DOUBLING ** math.log2(case.tokens / first.case.tokens)
+    return case if time.perf_counter() + expected_s < deadline else replace(case, tokens=case.shorter_tokens)
 
-    def reached(window: int) -> float:
-        return ImplicitPlan(block_size, window_blocks=window, sink_blocks=1, powers=False).density(lens, 1)
 
-    return min(range(1, math.ceil(tokens / block_size) + 1), key=lambda window: abs(reached(window) - density))
+def _n_rounds(measured: Measured) -> int:
+    return min(len(passes) for passes in measured.passes.values())
+
+
+def _scored_pass(loaded: LoadedModel, sample: Sample, methods: Sequence[Method]) -> tuple[Pass, Scored, HeadMaps]:
+    maps = HeadMaps()
+    if not methods:
+        scored = score(loaded.model, loaded.tokenizer, sample)
+        return Pass(scored.prefill_ms / 1e3), scored, maps
+    with accel.apply(loaded.model, *methods) as handle, handle.observe(maps.record):
+        scored = score(loaded.model, loaded.tokenizer, sample)
+        total = handle.stats.total
+        done = Pass(scored.prefill_ms / 1e3, total.selection_s, handle.stats.density, total.sparse_calls, dict(total.dense_calls))
+    return done, scored, maps
+
+
+def _warm_up(loaded: LoadedModel, variants: Mapping[str, Sequence[Method]], seed: int) -> None:
+    """First-use costs (probes, compiled primitives, thread pools) on a short prompt, sparse on purpose, outside every timing."""
+    [sample] = load_task("needle").samples(loaded.tokenizer, WARM_UP_TOKENS, 1, seed)
+    for methods in variants.values():
+        _scored_pass(loaded, sample, [replace(m, min_seq_len=0) if isinstance(m, SparseAttention) else m for m in methods])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from accel.protocols import AttentionContext, AttentionStep, ModelInfo, RunDense, SparseAttention
+from accel.protocols import AttentionContext, AttentionStep, RunDense, SparseAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,15 +17,17 @@ _REASON = "dense control"
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(SparseAttention):
-    """Leaves every call dense: the model's own attention, or our matrix-product path with `dense_kernel="gemm"` (kernels.md §0.2)."""
+    """Leaves every call dense: the model's own attention, or our matrix-product path with `dense_kernel="gemm"` (kernels.md §0.2).
+
+    Not to be confused with `RunDense`, with which any method answers that a call stays dense.
+    """
 
     trainable: ClassVar[bool] = True
 
     def dense_reason(self, step: AttentionStep) -> str | None:
+        """Always the same: nothing is ever sparse."""
         return _REASON
 
     def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> RunDense:
+        """Never a plan of blocks."""
         return RunDense(_REASON)
-
-    def notice(self, model: ModelInfo) -> str | None:
-        return None

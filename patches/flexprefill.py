@@ -94,11 +94,11 @@ class FlexPrefill(SparseAttention):
 
     @property
     def min_useful_len(self) -> int:
-        """Keys below which every block is kept anyway: two blocks (first and own), or the minimum budget in whole blocks."""
+        """The longest sequence of which every block is kept anyway, plus one: two blocks (first and own), or the minimum budget."""
         return self._min_useful_len(self.block_size or 64)
 
     def _min_useful_len(self, block_size: int) -> int:
-        return max(2, -(-self.min_budget // block_size)) * block_size
+        return max(2, -(-self.min_budget // block_size)) * block_size + 1
 
     def block_size_for(self, head_dim: int) -> int:
         """Tokens per block for heads of this width."""

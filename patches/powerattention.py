@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from accel.errors import OptionError
-from accel.protocols import AttentionContext, AttentionStep, Choice, ModelInfo, SparseAttention, Uniform
+from accel.patches._static import has_few_rows, is_whole, require_whole
+from accel.protocols import AttentionContext, AttentionStep, Choice, Method, ModelInfo, Phase, SparseAttention, Uniform
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accel.kernels.block_sparse import BlockPlan, ImplicitPlan, KeyView
+    from accel.kernels.block_sparse import ImplicitPlan, KeyView
 
 Phases = Literal["prefill", "decode", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PowerAttention(SparseAttention):
-    """Every block of queries reads the first block, a window, and the blocks at distances 1, 2, 4, 8, … blocks.
+    """Each block of queries reads the first blocks, a window, and the blocks at distances 1, 2, 4, 8, … blocks. Gradients flow.
 
-    is_adapted: whether the model was trained with this mask. False, the default, keeps 2 layers of 7 dense and decodes densely; quality
-        still suffers (sparse-attention.md §3.1). True makes every layer sparse in prefill and decode.
-    full_layers, apply_to: override those two defaults: "2/7", "none", or layer indices; "prefill", "decode" or "both".
-    max_power: longest distance 2^max_power blocks; None for no bound.
+    is_adapted: whether the model was trained with this mask. False keeps 2 layers of 7 dense and decodes densely, and quality still
+        suffers (sparse-attention.md §3.1); True makes every layer sparse, in prefill and decode.
+    full_layers, apply_to: override those two consequences. "2/7", "none" or layer indices; "prefill", "decode" or "both".
+    window_blocks: own block included. max_power: no distance beyond 2^max_power blocks; None for no bound.
+    min_seq_len: from so many keys on, prefill and decode are sparse. 0 gives an adapted model its own mask at every length.
     The cache cannot shrink: every old block becomes a power-of-two neighbour again.
     """
 
     trainable: ClassVar[bool] = True
-    needs_training: ClassVar[str | None] = (
-        "its published quality needs a model trained with this mask; on an unmodified model expect losses, above all in retrieval"
-    )
+    needs_training: ClassVar[str | None] = "quality depends on adapting the model to this mask; unmodified models lose much in retrieval"
 
     block_size: int = 256
     window_blocks: int = 5
@@ -44,17 +44,19 @@ class PowerAttention(SparseAttention):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option, low in (("block_size", 1), ("window_blocks", 1), ("sink_blocks", 0)):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < low:
-                raise OptionError(f"powerattention: {option} must be a whole number of at least {low}, got {value!r}")
-        if self.max_power is not None and (not isinstance(self.max_power, int) or self.max_power < 0):
-            raise OptionError(f"powerattention: max_power must be None or a whole number of at least 0, got {self.max_power!r}")
+            require_whole(self, option, low=low)
+        if self.max_power is not None:
+            require_whole(self, "max_power", low=0)
+        if not isinstance(self.is_adapted, bool):
+            raise OptionError(f"powerattention: is_adapted must be True or False, got {self.is_adapted!r}")
         if self.apply_to not in (None, "prefill", "decode", "both"):
             raise OptionError(f"powerattention: apply_to must be prefill, decode, both or None, got {self.apply_to!r}")
-        if isinstance(self.full_layers, str) and self.full_layers not in ("2/7", "none"):
-            raise OptionError(f"powerattention: full_layers must be '2/7', 'none', layer indices or None, got {self.full_layers!r}")
-        if isinstance(self.full_layers, list):
-            object.__setattr__(self, "full_layers", tuple(self.full_layers))
+        if self.full_layers not in (None, "2/7", "none"):
+            # recipes bring lists
+            layers = tuple(self.full_layers) if isinstance(self.full_layers, (list, tuple)) else None
+            if layers is None or not all(is_whole(layer) and layer >= 0 for layer in layers):
+                raise OptionError(f"powerattention: full_layers must be '2/7', 'none', layer indices or None, got {self.full_layers!r}")
+            object.__setattr__(self, "full_layers", layers)
 
     @property
     def phases(self) -> Phases:
@@ -62,59 +64,66 @@ class PowerAttention(SparseAttention):
         return self.apply_to or ("both" if self.is_adapted else "prefill")
 
     def is_full_layer(self, layer: int) -> bool:
-        """Whether a layer stays dense: two of every seven unless told otherwise (sparse-attention.md §3.2)."""
-        layers = self.full_layers if self.full_layers is not None else ("none" if self.is_adapted else "2/7")
-        if isinstance(layers, tuple):
-            return layer in layers
-        return layers == "2/7" and layer % 7 < 2
+        """Whether a layer stays dense; "2/7" means layers 0, 1, 7, 8, 14, 15, … (sparse-attention.md §3.2)."""
+        full = self.full_layers if self.full_layers is not None else ("none" if self.is_adapted else "2/7")
+        is_full = layer in full if isinstance(full, tuple) else full == "2/7" and layer % 7 < 2
+        return is_full or layer in self.dense_layers
+
+    @property
+    def longest_dense_blocks(self) -> int:
+        """The mask is dense exactly up to this many blocks, 6 with the defaults (sparse-attention.md §3.3).
+
+        The shortest distance that neither window nor powers cover is first needed by the query block that far behind the last sink.
+        """
+        gap = self.window_blocks
+        while gap.bit_count() == 1 and (self.max_power is None or gap <= 2**self.max_power):
+            gap += 1
+        return gap + self.sink_blocks
 
     @property
     def min_useful_len(self) -> int:
-        """The longest sequence that the mask leaves dense, plus one token."""
-        return self.longest_dense_blocks() * self.block_size + 1
-
-    def longest_dense_blocks(self) -> int:
-        """Number of leading blocks whose rows are all dense; 6 for the defaults (sparse-attention.md §3.3)."""
-        pattern = self.pattern()
-        i = 0
-        while len(pattern.row_blocks(i)) == i + 1:
-            i += 1
-            if i >= self.window_blocks + self.sink_blocks + 2:
-                break
-        return i
+        """The shortest sequence with a hidden key: one token more than the mask leaves dense."""
+        return self.longest_dense_blocks * self.block_size + 1
 
     def dense_reason(self, step: AttentionStep) -> str | None:
+        """Why this call runs dense, or None. Few queries behind a cached prefix count as decoding."""
+        from accel.crossover import crossover_tokens
+
         if self.is_full_layer(step.layer):
             return "dense layer"
-        if step.phase == "prefill" and self.phases == "decode":
-            return "prefill"
-        if step.phase == "prefill" and self.phases == "prefill" and step.q_len < min(2 * self.block_size, step.kv_len):
-            return "few query rows"
-        if step.phase == "decode" and self.phases != "prefill":
-            return self._too_short(step)
-        return super().dense_reason(step)
-
-    def _too_short(self, step: AttentionStep) -> str | None:
-        shortest = max(self.min_seq_len or 0, self.min_useful_len)
-        if step.layer in self.dense_layers:
-            return "dense layer"
+        is_decode = step.phase == "decode" or has_few_rows(step, self.block_size)
+        phase: Phase = "decode" if is_decode else "prefill"
+        if self.phases not in ("both", phase):
+            return phase if phase == step.phase else "few query rows"
+        shortest = max(crossover_tokens(self, step) if self.min_seq_len is None else self.min_seq_len, self.min_useful_len)
         return f"shorter than {shortest} tokens" if step.kv_len < shortest else None
 
-    def static_pattern(self, step: AttentionStep) -> BlockPlan:
-        return self.pattern()
-
-    def pattern(self) -> ImplicitPlan:
-        """The mask, for any length."""
+    def static_pattern(self, step: AttentionStep) -> ImplicitPlan:
+        """The mask, the same for every input, head, layer and length."""
         from accel.kernels.block_sparse import ImplicitPlan
 
         return ImplicitPlan(self.block_size, self.window_blocks, self.sink_blocks, powers=True, max_power=self.max_power)
 
-    def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> BlockPlan:
-        return self.pattern()
+    def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> ImplicitPlan:
+        """`static_pattern`: queries and keys decide nothing."""
+        return self.static_pattern(ctx.step)
+
+    def supports(self, model: ModelInfo, host: str, others: Sequence[Method]) -> list[str]:
+        """Reasons why it cannot work on `model`: `full_layers` names layers that are not there."""
+        missing = [i for i in self.full_layers if i >= model.n_layers] if isinstance(self.full_layers, tuple) else []
+        return [f"full_layers names {', '.join(map(str, missing))}, the last layer is {model.n_layers - 1}"] if missing else []
 
     def notice(self, model: ModelInfo) -> str | None:
-        return None if self.is_adapted else self.needs_training
+        """One line: that the model wants adapting, or that no layer is left to be sparse."""
+        if model.n_layers and all(self.is_full_layer(layer) for layer in range(model.n_layers)):
+            return f"all {model.n_layers} layers stay dense; full_layers='none' makes them sparse"
+        return None if self.is_adapted else super().notice(model)
 
     @classmethod
     def search_space(cls) -> Mapping[str, Uniform | Choice]:
-        return {"window_blocks": Uniform(1, 16, is_integer=True), "block_size": Choice((64, 128, 256))}
+        """Width of the pattern and its grain."""
+        return {
+            "block_size": Choice((64, 128, 256)),
+            "window_blocks": Uniform(1, 16, is_integer=True),
+            "sink_blocks": Uniform(0, 4, is_integer=True),
+        }

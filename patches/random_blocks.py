@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from accel.errors import OptionError
-from accel.protocols import AttentionContext, SparseAttention
+from accel.patches._static import has_few_rows, is_whole, require_share, require_whole
+from accel.protocols import AttentionContext, AttentionStep, SparseAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from accel.kernels.block_sparse import BlockPlan, KeyView, Rows
+    from accel.kernels.block_sparse import KeyView, ListPlan, Rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomBlocks(SparseAttention):
     """Each head and block of queries reads its own block, the first one and random others. Prefill only.
 
-    density: share of the causal tiles per head, reached exactly up to one tile unless first and own blocks alone exceed it.
-    seed: with the layer and the shape it fixes the choice.
+    density: share of a head's causal tiles, own and first blocks included, met to the nearest tile; those two are the lower bound.
+    seed: with the layer and the lengths of a sequence it fixes the choice. A prompt in chunks draws per chunk.
     """
 
     block_size: int = 128
@@ -28,30 +30,50 @@ class RandomBlocks(SparseAttention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.block_size, int) or self.block_size < 1:
-            raise OptionError(f"random_blocks: block_size must be a positive whole number, got {self.block_size!r}")
-        if not 0.0 < self.density <= 1.0:
-            raise OptionError(f"random_blocks: density must lie in (0, 1], got {self.density!r}")
+        require_whole(self, "block_size", low=1)
+        require_share(self, "density")
+        if not is_whole(self.seed):
+            raise OptionError(f"random_blocks: seed must be a whole number, got {self.seed!r}")
 
-    def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> BlockPlan:
-        import torch
+    @property
+    def min_useful_len(self) -> int:
+        """The shortest sequence with a hidden key: the first block and the own one are always read."""
+        return 2 * self.block_size + 1
 
+    def dense_reason(self, step: AttentionStep) -> str | None:
+        """Why this call runs dense, or None; also for few queries behind a cached prefix."""
+        if reason := super().dense_reason(step):
+            return reason
+        if self.density == 1:
+            return "density 1 keeps everything"
+        return "few query rows" if has_few_rows(step, self.block_size) else None
+
+    def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> ListPlan:
+        """Lists per head. Sequences of equal lengths read the same blocks, whatever else is in the batch."""
         from accel.kernels.block_sparse import ListPlan
 
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ctx.step.layer)
-        masks = [self._mask(rows, ctx.step.n_heads, generator) for rows in ctx.lens.rows()]
+        masks = [self._mask(rows, layer=ctx.step.layer, n_heads=q.shape[1]) for rows in ctx.lens.rows()]
         return ListPlan.from_mask(masks, ctx.lens, self.block_size)
 
-    def _mask(self, rows: Rows, n_heads: int, generator: object) -> Tensor:
-        """(Hq, nq, nk) bool: forced tiles first, then as many random ones as the density asks for."""
+    def _mask(self, rows: Rows, *, layer: int, n_heads: int) -> Tensor:
+        """(Hq, nq, nk) bool: the forced tiles, and as many random ones as the density asks for."""
         import torch
 
         from accel.kernels.block_sparse.plan import causal_blocks
 
         distance = causal_blocks(rows, self.block_size)
-        forced = (distance == 0) | (distance > 0) & (torch.arange(distance.shape[1]) == 0)
+        causal = distance >= 0
+        forced = distance == 0
+        forced[:, 0] = True
+        n_kept = max(int(self.density * int(causal.sum()) + 0.5), int(forced.sum()))
+        generator = torch.Generator().manual_seed(self._seed_of(rows, layer))
+        draw = torch.rand(n_heads, *distance.shape, generator=generator)
         # forced tiles win every draw, tiles above the diagonal none
-        draw = torch.rand(n_heads, *distance.shape, generator=generator).masked_fill(forced, 2.0).masked_fill(distance < 0, -1.0)  # type: ignore[call-overload]
-        wanted = max(round(self.density * int((distance >= 0).sum())), int(forced.sum()))
-        kept = draw.flatten(1).topk(wanted).indices
-        return torch.zeros_like(draw, dtype=torch.bool).flatten(1).scatter(1, kept, True).view_as(draw)
+        draw = draw.masked_fill_(forced, 2.0).masked_fill_(~causal, -1.0).flatten(1)
+        kept = draw.topk(n_kept, sorted=False).indices
+        return torch.zeros_like(draw, dtype=torch.bool).scatter_(1, kept, True).view(n_heads, *distance.shape)
+
+    def _seed_of(self, rows: Rows, layer: int) -> int:
+        """A seed that differs from layer to layer and length to length. torch's generator reads 32 bits of it, hence the hash."""
+        text = f"{self.seed} {layer} {rows.q_len} {rows.kv_len}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")

@@ -1,11 +1,12 @@
-"""Sink and sliding window: the control that every sparse method must beat on retrieval (arXiv 2309.17453's pattern, in blocks)."""
+"""Sink and sliding window: the control that every sparse method must beat on retrieval (the pattern of arXiv 2309.17453, in blocks)."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from accel.errors import OptionError
+from accel.patches._static import has_few_rows, require_share, require_whole
 from accel.protocols import AttentionContext, AttentionStep, SparseAttention
 
 if TYPE_CHECKING:
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 class Streaming(SparseAttention):
     """Each block of queries reads the first `sink_blocks` key blocks and the last `window_blocks`, its own included. Prefill only.
 
-    density: instead of `window_blocks`, the share of the causal tiles to come closest to, for comparisons at equal cost.
+    density: instead of `window_blocks`, the share of the causal tiles to come closest to, for tables at equal cost. The smallest pattern,
+        sinks and own block, is the lower bound; each sequence of a batch gets its own window.
     """
+
+    trainable: ClassVar[bool] = True
 
     block_size: int = 128
     window_blocks: int = 8
@@ -29,29 +33,62 @@ class Streaming(SparseAttention):
     def __post_init__(self) -> None:
         super().__post_init__()
         for option, low in (("block_size", 1), ("window_blocks", 1), ("sink_blocks", 0)):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < low:
-                raise OptionError(f"streaming: {option} must be a whole number of at least {low}, got {value!r}")
-        if self.density is not None and not 0.0 < self.density <= 1.0:
-            raise OptionError(f"streaming: density must lie in (0, 1], got {self.density!r}")
+            require_whole(self, option, low=low)
+        if self.density is not None:
+            require_share(self, "density")
 
-    def static_pattern(self, step: AttentionStep) -> BlockPlan:
+    @property
+    def min_useful_len(self) -> int:
+        """The shortest sequence with a hidden key; with `density` the window follows the length, down to one block."""
+        window = self.window_blocks if self.density is None else 1
+        return (window + self.sink_blocks) * self.block_size + 1
+
+    def dense_reason(self, step: AttentionStep) -> str | None:
+        """Why this call runs dense, or None; also for few queries behind a cached prefix."""
+        if reason := super().dense_reason(step):
+            return reason
+        if self.density == 1:
+            return "density 1 keeps everything"
+        return "few query rows" if has_few_rows(step, self.block_size) else None
+
+    def static_pattern(self, step: AttentionStep) -> BlockPlan | None:
+        """Sink and window. None where `density` gives the sequences of a batch windows of their own: then `plan` answers."""
         from accel.kernels.block_sparse import ImplicitPlan
 
-        window = self.window_blocks if self.density is None else self._matching_window(step, self.density)
-        return ImplicitPlan(self.block_size, window, self.sink_blocks, powers=False)
+        if self.density is None:
+            return ImplicitPlan(self.block_size, self.window_blocks, self.sink_blocks, powers=False)
+        if step.batch == 1:
+            return ImplicitPlan(self.block_size, self.window_at(step.q_len, step.kv_len), self.sink_blocks, powers=False)
+        return None
 
     def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> BlockPlan:
-        return self.static_pattern(ctx.step)
+        """Sink and window; with `density` one window per sequence, from its own length."""
+        import torch
 
-    def _matching_window(self, step: AttentionStep, density: float) -> int:
-        """The window whose share of the causal tiles is closest to `density`."""
-        last = -(-step.kv_len // self.block_size)
-        first = (step.kv_len - step.q_len) // self.block_size
-        causal = sum(i + 1 for i in range(first, last))
+        from accel.kernels.block_sparse import ImplicitPlan, VerticalSlashPlan
 
-        def distance(window: int) -> float:
-            tiles = sum(min(window + min(self.sink_blocks, max(0, i + 1 - window)), i + 1) for i in range(first, last))
-            return abs(tiles / causal - density)
+        if self.density is None:
+            return ImplicitPlan(self.block_size, self.window_blocks, self.sink_blocks, powers=False)
+        block = torch.arange(-(-ctx.lens.max_kv // self.block_size))
+        windows = torch.tensor([self.window_at(rows.q_len, rows.kv_len) for rows in ctx.lens.rows()])
+        # (B, 1, nk): every head alike
+        sinks = (block < self.sink_blocks).expand(len(windows), 1, -1)
+        return VerticalSlashPlan(self.block_size, vertical=sinks, slash=(block < windows[:, None])[:, None])
 
-        return min(range(1, last + 1), key=distance)
+    def window_at(self, q_len: int, kv_len: int) -> int:
+        """Blocks of the window for the last `q_len` of `kv_len` tokens: `window_blocks`, or the width that comes closest to `density`."""
+        if self.density is None:
+            return self.window_blocks
+        # query blocks first … last − 1; block i can list i + 1 blocks
+        first, last = (kv_len - q_len) // self.block_size, -(-kv_len // self.block_size)
+
+        def tiles(width: int) -> int:
+            """Tiles of rows that list at most `width` blocks."""
+            turn = min(max(width, first), last)
+            return (turn - first) * (first + 1 + turn) // 2 + (last - turn) * width
+
+        low = self.sink_blocks + 1
+        wanted = self.density * tiles(last)
+        at_least = low + bisect_left(range(low, max(last, low)), wanted, key=tiles)
+        candidates = [width for width in (at_least - 1, at_least) if width >= low]
+        return min(candidates, key=lambda width: abs(tiles(width) - wanted)) - self.sink_blocks

@@ -37,6 +37,9 @@ def cpu_attention(
     (kernels.md §2.2). route: by default the one that the probe found fastest.
     """
     chosen = route_for(q.dtype, precision) if route is None else route
+    if chosen.kernel == "sdpa" and (softcap is not None or lse is not None):
+        # torch's attention offers neither
+        chosen = Route("gemm")
     clear_gaps(lens, out, lse)
     with fp32_products_routed(chosen.is_routed):
         for rows in lens.rows():
@@ -46,11 +49,10 @@ def cpu_attention(
             if mask is not None and mask.shape[0] not in (1, q.shape[1]):
                 raise ValueError(f"the plan describes {mask.shape[0]} heads, q has {q.shape[1]}")
             block_size = plan.block_size if plan is not None else DENSE_BLOCK
-            problem = Problem(q, keys, rows, mask, block_size, scale, softcap, out, lse, chosen)
-            if is_decode(rows):
-                attend_decode(problem)
-            else:
-                attend_prefill(problem)
+            # few rows are read in place by matrix products whatever the prefill's kernel: torch's own is slowest there
+            route = Route("gemm") if is_decode(rows) and chosen.kernel == "sdpa" else chosen
+            attend = attend_decode if is_decode(rows) else attend_prefill
+            attend(Problem(q, keys, rows, mask, block_size, scale, softcap, out, lse, route))
     workspace.trim()
 
 

@@ -51,9 +51,9 @@ class Timings:
 
 @dataclass(frozen=True)
 class Route:
-    """How attention is computed: by which kernel and, for "gemm", in which precision its two products run.
+    """How attention is computed: by which kernel and, for "gemm", in which precision its two products run;
 
-    is_routed: fp32 products go to oneDNN while our operator runs.
+    "sdpa" computes in the inputs' dtype. is_routed: fp32 products go to oneDNN while our operator runs.
     """
 
     kernel: Literal["gemm", "sdpa"]
@@ -69,11 +69,11 @@ def choose_route(timings: Timings, dtype: torch.dtype, precision: Precision) -> 
     candidates = {Route("gemm", torch.float32, torch.float32, is_routed): 2 * fp32_ms + timings.softmax_ms}
     if dtype == torch.bfloat16:
         candidates[Route("gemm", torch.float32, torch.bfloat16, is_routed)] = fp32_ms + timings.bf16_ms + timings.softmax_ms
-        candidates[Route("sdpa")] = timings.sdpa_bf16_ms * MIN_GAIN
+        candidates[Route("sdpa", dtype, dtype)] = timings.sdpa_bf16_ms * MIN_GAIN
         if precision == "fast":
             candidates[Route("gemm", torch.bfloat16, torch.bfloat16)] = 2 * timings.bf16_ms + timings.softmax_ms
     elif dtype == torch.float32:
-        candidates[Route("sdpa")] = timings.sdpa_fp32_ms * MIN_GAIN
+        candidates[Route("sdpa", dtype, dtype)] = timings.sdpa_fp32_ms * MIN_GAIN
     # float16 is always up-cast: its products and its SDPA are slow everywhere
     return min(candidates, key=lambda route: candidates[route])
 

@@ -1,4 +1,4 @@
-"""From a block mask to batched matrix products: tiles with equally long lists run together (kernels.md §2.2). All vectorised, no tensor data."""
+"""From a block mask to batched matrix products: tiles with equally long lists run together (kernels.md §2.2). Reads no keys."""
 
 from __future__ import annotations
 
@@ -7,51 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accel.kernels.block_sparse.ragged import Rows
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """How the query rows of one sequence are cut: one tile per query block, of `height` rows that begin `lead` rows into the block.
-
-    Only a short sequence (decode) has a `lead`: its single tile is no taller than its rows.
-    """
-
-    rows: Rows
-    block_size: int
-    height: int
-    lead: int
-
-    @classmethod
-    def of(cls, rows: Rows, block_size: int) -> Tiles:
-        if rows.query_blocks(block_size) == 1:
-            return cls(rows, block_size, rows.q_len, rows.offset - rows.first_block(block_size) * block_size)
-        return cls(rows, block_size, block_size, 0)
-
-    def span(self, i: int) -> tuple[int, int, int]:
-        """Rows of tile i that exist: first and last + 1 as rows of q, and the place of the first inside the tile."""
-        first = (self.rows.first_block(self.block_size) + i) * self.block_size + self.lead - self.rows.offset
-        lo, hi = max(first, 0), min(first + self.height, self.rows.q_len)
-        return self.rows.q_start + lo, self.rows.q_start + hi, lo - first
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """Tiles computed in one go: each reads `n_blocks` key blocks, the last of them its own where `has_diagonal`.
 
-    tiles: (kv head, first query head, query block) of each, kv heads counted from the first of the pack.
-    blocks: (len(tiles) · n_blocks) int64 rows of the packed keys, the blocks of kv head h from h · nk on; ascending per tile.
-    run: (first row, last row + 1) instead of `blocks` where there is one tile and its list has no gaps: nothing is gathered.
+    tiles: (kv head, first query head, query block) of each; heads counted from the first of the pack, query blocks from the first of the call.
+    blocks: (len(tiles), n_blocks) int64 rows of the packed keys, those of kv head h from h · nk on; ascending.
+    run: the first of them where there is one tile and its list has no gaps: a slice will do, nothing need be gathered.
     """
 
     tiles: list[tuple[int, int, int]]
     n_blocks: int
     has_diagonal: bool
     blocks: Tensor
-    run: tuple[int, int] | None
+    run: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """Every tile of some KV heads: those with keys in steps, the others in `empty`. A tile spans `heads_per_tile` query heads."""
 
@@ -61,43 +34,59 @@ class Schedule:
 
 
 def schedule(mask: Tensor, kv_heads: range, group: int, first_block: int, max_blocks: int) -> Schedule:
-    """Steps of at most about `max_blocks` (tile, key block, query head) products, one longer list at a time.
+    """Steps of at most `max_blocks` (query head, query block, key block) products, or of one tile.
 
-    mask: (Hq or 1, nq, nk) bool. Query heads of one KV head that share their lists share the gathered keys too.
+    mask: (Hq or 1, nq, nk) bool; first_block: the absolute index of query block 0. Query heads of a KV head with the same lists form one tile
+    and share the gathered keys.
     """
-    nq, nk = mask.shape[1:]
-    listed = mask[None] if mask.shape[0] == 1 else mask.unflatten(0, (-1, group))[kv_heads.start : kv_heads.stop]
-    if listed.shape[1] > 1 and bool((listed == listed[:, :1]).all()):
-        listed = listed[:, :1]
-    listed = listed.expand(len(kv_heads), -1, -1, -1)
-    lists_per_kv = listed.shape[1]
-    heads_per_tile = group // lists_per_kv
+    listed = lists_of(mask, kv_heads, group)
+    n_kv, per_kv, nq, nk = listed.shape
+    heads_per_tile = group // per_kv
 
+    counts = listed.sum(-1).flatten()
+    own = torch.diagonal(listed, offset=first_block, dim1=-2, dim2=-1).flatten()
+    # tiles of equal length side by side; those without their own block apart, for they need no mask
+    keys, order = (counts * 2 + own).sort(stable=True)
     kv, _, _, key_block = listed.nonzero(as_tuple=True)
     packed = kv * nk + key_block
-    counts = listed.sum(-1)
-    diagonal = torch.diagonal(listed, offset=first_block, dim1=-2, dim2=-1)
-    # tiles of equal length side by side, those without their own block apart from the others
-    key = (counts * 2 + diagonal).flatten()
-    begin = counts.flatten().cumsum(0) - counts.flatten()
-    order = key.argsort(stable=True)
-    sorted_keys, sorted_begin = key[order].tolist(), begin[order]
-    places = [(t // (lists_per_kv * nq), t // nq % lists_per_kv * heads_per_tile, t % nq) for t in order.tolist()]
+    sizes = counts[order]
+    ends = sizes.cumsum(0)
+    # entry e of the sorted lists belongs to the tile it falls into; its place in `packed` differs by a shift per tile
+    shift = (counts.cumsum(0) - counts)[order] - (ends - sizes)
+    blocks = packed[torch.arange(packed.shape[0]) + shift.repeat_interleave(sizes)]
 
-    n_empty = next((at for at, k in enumerate(sorted_keys) if k), len(sorted_keys))
-    steps = []
-    at = n_empty
-    while at < len(places):
-        n_blocks, has_diagonal = divmod(sorted_keys[at], 2)
-        end = min(at + max(1, max_blocks // (n_blocks * heads_per_tile)), len(places))
-        while sorted_keys[end - 1] != sorted_keys[at]:
-            end -= 1
-        blocks = packed[(sorted_begin[at:end, None] + torch.arange(n_blocks)).flatten()]
-        steps.append(Step(places[at:end], n_blocks, bool(has_diagonal), blocks, _run(blocks) if end == at + 1 else None))
-        at = end
+    places = [(t // (per_kv * nq), t // nq % per_kv * heads_per_tile, t % nq) for t in order.tolist()]
+    n_empty = int((sizes == 0).sum())
+    steps = cut_steps(places, keys.tolist(), ends.tolist(), blocks, n_empty, max_blocks // heads_per_tile)
     return Schedule(steps, places[:n_empty], heads_per_tile)
 
 
-def _run(blocks: Tensor) -> tuple[int, int] | None:
-    first, last = int(blocks[0]), int(blocks[-1])
-    return (first, last + 1) if last - first + 1 == blocks.shape[0] else None
+def lists_of(mask: Tensor, kv_heads: range, group: int) -> Tensor:
+    """The tiles of some KV heads, (kv heads, G, nq, nk); (kv heads, 1, nq, nk) where all G query heads have the same."""
+    if mask.shape[0] == 1:
+        return mask[None].expand(len(kv_heads), -1, -1, -1)
+    listed = mask[kv_heads.start * group : kv_heads.stop * group].view(len(kv_heads), group, *mask.shape[1:])
+    return listed[:, :1] if group > 1 and bool((listed[:, 1:] == listed[:, :1]).all()) else listed
+
+
+def cut_steps(
+    places: list[tuple[int, int, int]], keys: list[int], ends: list[int], blocks: Tensor, begin: int, max_blocks: int
+) -> list[Step]:
+    """Steps of tiles with equal keys, from tile `begin` on. ends: where each tile's list ends in `blocks`."""
+    steps = []
+    n_tiles = len(places)
+    first = begin
+    while first < n_tiles:
+        n_blocks, has_own = divmod(keys[first], 2)
+        limit = min(first + max(1, max_blocks // n_blocks), n_tiles)
+        last = first + 1
+        while last < limit and keys[last] == keys[first]:
+            last += 1
+        chosen = blocks[ends[first] - n_blocks : ends[last - 1]]
+        run = None
+        if last == first + 1:
+            lowest, highest = int(chosen[0]), int(chosen[-1])
+            run = lowest if highest - lowest + 1 == n_blocks else None
+        steps.append(Step(places[first:last], n_blocks, bool(has_own), chosen.view(-1, n_blocks), run))
+        first = last
+    return steps

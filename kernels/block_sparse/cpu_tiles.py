@@ -8,15 +8,60 @@ import torch
 from torch import Tensor
 
 from accel.kernels.block_sparse.cpu_common import Problem, finish_scores, softmax_with_lse, workspace
-from accel.kernels.block_sparse.cpu_steps import Schedule, Step, Tiles, schedule
+from accel.kernels.block_sparse.cpu_steps import Schedule, Step, schedule
 
 # (tile, key block) products per step and thread: fewer leave threads idle, more fall out of the caches (kernels.md §2.2)
 BLOCKS_PER_THREAD = 32
 # several KV heads are packed together up to this size, so that short sequences still fill a step
 PACK_BYTES = 8 << 20
+# query heads that read the same keys are stacked up to this many rows: a product packs its right operand once for all of them
+MAX_STACKED_ROWS = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The rows of one query block, all heads: q (Hq, rows, D), out (Hq, rows, Dv), lse (Hq, rows) or None, all views of the call's tensors.
+
+    at: place of the first row inside the tile; only the first tile of a call, which may begin in the middle of a block, has one.
+    """
+
+    q: Tensor
+    out: Tensor
+    lse: Tensor | None
+    at: int
+
+    @classmethod
+    def of(cls, problem: Problem, first: int, height: int) -> Tile:
+        """The tile of `height` rows that begins at row `first` of the sequence, which may lie before its first query row."""
+        rows = problem.rows
+        lo, hi = max(first, 0), min(first + height, rows.q_len)
+        here = slice(rows.q_start + lo, rows.q_start + hi)
+        lse = problem.lse[:, here] if problem.lse is not None else None
+        return cls(problem.q[here].transpose(0, 1), problem.out[here].transpose(0, 1), lse, lo - first)
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The query rows of one sequence, cut at the block grid: tiles of `height` rows that begin `lead` rows into their block.
+
+    hidden: (height, b) bool, what the rows of a tile must not see of their own block.
+    """
+
+    tiles: list[Tile]
+    height: int
+    hidden: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> Grid:
+        rows, b = problem.rows, problem.block_size
+        n, first_row = rows.query_blocks(b), rows.first_block(b) * b - rows.offset
+        # the only tile of a short call is no taller than its rows
+        height, lead = (rows.q_len, -first_row) if n == 1 else (b, 0)
+        hidden = torch.ones(height, b, dtype=torch.bool).triu(lead + 1)
+        return cls([Tile.of(problem, first_row + lead + i * b, height) for i in range(n)], height, hidden)
+
+
+@dataclass(frozen=True, slots=True)
 class Pack:
     """Keys and values of the KV heads `heads` by block: k (heads · nk, b · D), v (heads · nk, b · Dv); rows past the end are zero."""
 
@@ -27,20 +72,20 @@ class Pack:
 
 def attend_prefill(problem: Problem) -> None:
     """Writes the rows of one sequence, a pack of KV heads at a time."""
-    tiles = Tiles.of(problem.rows, problem.block_size)
+    grid = Grid.of(problem)
     mask = causal_mask(problem) if problem.mask is None else problem.mask
     head_bytes = mask.shape[2] * problem.block_size * problem.keys.head_dim * problem.route.score_dtype.itemsize
     per_pack = max(1, PACK_BYTES // head_bytes)
+    first_block, max_blocks = problem.rows.first_block(problem.block_size), BLOCKS_PER_THREAD * torch.get_num_threads()
     for first in range(0, problem.keys.n_kv_heads, per_pack):
         heads = range(first, min(first + per_pack, problem.keys.n_kv_heads))
-        todo = schedule(mask, heads, problem.group, problem.rows.first_block(problem.block_size), BLOCKS_PER_THREAD * torch.get_num_threads())
+        todo = schedule(mask, heads, problem.group, first_block, max_blocks)
         for place in todo.empty:
-            clear_tile(problem, tiles, todo, heads, place)
-        if not todo.steps:
-            continue
-        pack = pack_heads(problem, heads)
-        for step in todo.steps:
-            attend_step(problem, tiles, todo, pack, step)
+            clear_tile(problem, grid, heads, place, todo.heads_per_tile)
+        if todo.steps:
+            pack = pack_heads(problem, heads)
+            for step in todo.steps:
+                attend_step(problem, grid, pack, step, todo.heads_per_tile, max_blocks)
 
 
 def causal_mask(problem: Problem) -> Tensor:
@@ -64,98 +109,119 @@ def pack_heads(problem: Problem, heads: range) -> Pack:
     return Pack(heads, *packed)
 
 
-def attend_step(problem: Problem, tiles: Tiles, todo: Schedule, pack: Pack, step: Step) -> None:
-    """Writes the tiles of one step, as many query heads at a time as fill it."""
-    k, v = gather_step(problem, pack, step)
-    n = len(step.tiles)
-    at_once = max(1, BLOCKS_PER_THREAD * torch.get_num_threads() // (n * step.n_blocks))
-    for head in range(0, todo.heads_per_tile, at_once):
-        n_heads = min(at_once, todo.heads_per_tile - head)
-        places = [tile_place(problem, tiles, pack.heads, place, head, n_heads) for place in step.tiles]
-        attend_heads(problem, tiles, places, n_heads, k, v, has_diagonal=step.has_diagonal)
+def attend_step(problem: Problem, grid: Grid, pack: Pack, step: Step, heads_per_tile: int, max_blocks: int) -> None:
+    """Writes the tiles of one step: some query heads at a time, and of one long list some key blocks at a time."""
+    stacked = min(heads_per_tile, max(1, MAX_STACKED_ROWS // grid.height))
+    keys_at_once = step.n_blocks
+    if problem.route.kernel == "gemm" and step.n_blocks * stacked > max_blocks:
+        keys_at_once = max(1, max_blocks // stacked)
+    for head in range(0, heads_per_tile, stacked):
+        n_heads = min(stacked, heads_per_tile - head)
+        q = workspace.take("q", (len(step.tiles), n_heads, grid.height, problem.keys.head_dim), problem.route.score_dtype)
+        places = []
+        for (kv, first, i), b_q in zip(step.tiles, q.unbind(0), strict=True):
+            begin = (pack.heads.start + kv) * problem.group + first + head
+            places.append((grid.tiles[i], begin, begin + n_heads))
+            load_tile(b_q, *places[-1])
+        result, lse = attend_keys(problem, grid, q, pack, step, keys_at_once)
+        for t, (tile, begin, end) in enumerate(places):
+            store_tile(result[t], None if lse is None else lse[t], tile, begin, end)
 
 
-def gather_step(problem: Problem, pack: Pack, step: Step) -> tuple[Tensor, Tensor]:
-    """K and V of a step's tiles, (tiles, n_blocks · b, D): a slice of the pack where there is one tile without gaps, a copy otherwise."""
+def attend_keys(problem: Problem, grid: Grid, q: Tensor, pack: Pack, step: Step, keys_at_once: int) -> tuple[Tensor, Tensor | None]:
+    """Attention of q (tiles, heads, rows, D) over the blocks of a step, `keys_at_once` of them at a time, parts merged by their LSE."""
+    total, total_lse = None, None
+    in_parts = keys_at_once < step.n_blocks
+    for lo in range(0, step.n_blocks, keys_at_once):
+        hi = min(lo + keys_at_once, step.n_blocks)
+        k, v = gather(problem, pack, step, lo, hi)
+        hidden = grid.hidden if step.has_diagonal and hi == step.n_blocks else None
+        if problem.route.kernel == "sdpa":
+            return torch_attention(problem, q, k, v, hidden), None
+        part, lse = two_products(problem, q, k, v, hidden, wants_lse=in_parts or problem.lse is not None)
+        if not in_parts:
+            return part, lse
+        if total is None or total_lse is None or lse is None:
+            # a copy: the next part overwrites this one
+            total, total_lse = part.to(torch.float32, copy=True), lse
+        else:
+            merged = torch.logaddexp(total_lse, lse)
+            total.mul_((total_lse - merged).exp_()[..., None]).addcmul_(part, (lse - merged).exp_()[..., None])
+            total_lse = merged
+    return total, total_lse
+
+
+def gather(problem: Problem, pack: Pack, step: Step, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+    """K and V of blocks lo..hi − 1 of each tile's list, (tiles, keys, D): a slice of the pack where there are no gaps, a copy otherwise."""
     sides = []
     for name, packed, dim in (("k", pack.k, problem.keys.head_dim), ("v", pack.v, problem.keys.value_dim)):
         if step.run is not None:
-            chosen = packed[step.run[0] : step.run[1]]
+            chosen = packed[step.run + lo : step.run + hi]
         else:
-            chosen = workspace.take(f"gathered {name}", (step.blocks.shape[0], packed.shape[1]), packed.dtype)
-            torch.index_select(packed, 0, step.blocks, out=chosen)
-        sides.append(chosen.view(len(step.tiles), step.n_blocks * problem.block_size, dim))
+            chosen = workspace.take(f"gathered {name}", (len(step.tiles) * (hi - lo), packed.shape[1]), packed.dtype)
+            torch.index_select(packed, 0, step.blocks[:, lo:hi].flatten(), out=chosen)
+        sides.append(chosen.view(len(step.tiles), (hi - lo) * problem.block_size, dim))
     return sides[0], sides[1]
 
 
-@dataclass(frozen=True, slots=True)
-class TilePlace:
-    """Where a tile lies: rows `first`..`last` − 1 of q, from row `at` of the tile on, query heads `head`..`end_head` − 1."""
+def two_products(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, *, wants_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of q (tiles, heads, rows, D) over k, v (tiles, keys, D): (tiles, heads, rows, Dv), and the LSE (tiles, heads, rows) fp32.
 
-    first: int
-    last: int
-    at: int
-    head: int
-    end_head: int
-
-
-def tile_place(problem: Problem, tiles: Tiles, kv_heads: range, place: tuple[int, int, int], head: int, n_heads: int) -> TilePlace:
-    kv, first_head, i = place
-    begin = (kv_heads.start + kv) * problem.group + first_head + head
-    return TilePlace(*tiles.span(i), begin, begin + n_heads)
-
-
-def attend_heads(
-    problem: Problem, tiles: Tiles, places: list[TilePlace], n_heads: int, k: Tensor, v: Tensor, *, has_diagonal: bool
-) -> None:
-    """Writes tiles of `n_heads` query heads each. k: (tiles, keys, D), v: (tiles, keys, Dv)."""
-    n, n_keys, height = len(places), k.shape[1], tiles.height
-    q = workspace.take("q", (n, n_heads, height, k.shape[2]), k.dtype)
-    for tile, place in zip(q.unbind(0), places, strict=True):
-        load_tile(tile, problem.q, place)
-
-    scores = workspace.take("scores", (n, n_heads * height, n_keys), k.dtype)
-    torch.baddbmm(scores, q.view(n, n_heads * height, -1), k.transpose(1, 2), beta=0, alpha=problem.scale, out=scores)
+    hidden: (rows, b), what is masked of the last b keys.
+    """
+    n, n_heads, height, dim = q.shape
+    scores = workspace.take("scores", (n, n_heads * height, k.shape[1]), k.dtype)
+    torch.baddbmm(scores, q.view(n, n_heads * height, dim), k.transpose(1, 2), beta=0, alpha=problem.scale, out=scores)
     finish_scores(scores, problem.softcap)
-    by_head = scores.view(n, n_heads, height, n_keys)
-    if has_diagonal:
-        own = by_head[..., n_keys - problem.block_size :]
-        own.masked_fill_(hidden_corner(height, tiles.lead, problem.block_size), -torch.inf)
-    lse = softmax_with_lse(by_head, wants_lse=problem.lse is not None)
-
+    by_head = scores.view(n, n_heads, height, -1)
+    if hidden is not None:
+        by_head[..., -hidden.shape[1] :].masked_fill_(hidden, -torch.inf)
+    lse = softmax_with_lse(by_head, wants_lse=wants_lse)
     probs = scores
     if v.dtype != k.dtype:
         probs = workspace.take("probs", tuple(scores.shape), v.dtype)
         probs.copy_(scores)
     result = workspace.take("result", (n, n_heads * height, v.shape[2]), v.dtype)
     torch.bmm(probs, v, out=result)
-    for t, (tile, place) in enumerate(zip(result.view(n, n_heads, height, -1).unbind(0), places, strict=True)):
-        store_tile(tile, problem.out, place)
-        if problem.lse is not None and lse is not None:
-            problem.lse[place.head : place.end_head, place.first : place.last] = lse[t, :, place.at : place.at + place.last - place.first]
+    return result.view(n, n_heads, height, -1), lse
 
 
-def hidden_corner(height: int, lead: int, block_size: int) -> Tensor:
-    """Keys of its own block that a tile's rows must not see, (height, b) bool."""
-    return torch.ones(height, block_size, dtype=torch.bool).triu(lead + 1)
+def torch_attention(problem: Problem, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+    """The same through torch's own kernel, for machines whose batched products are slow (kernels.md §2.4 b). No soft-cap, no LSE."""
+    visible = None
+    if hidden is not None:
+        visible = torch.ones(q.shape[2], k.shape[1], dtype=torch.bool)
+        visible[:, -hidden.shape[1] :] = ~hidden
+    shared_k, shared_v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, shared_k, shared_v, attn_mask=visible, scale=problem.scale)
 
 
-def load_tile(tile: Tensor, q: Tensor, place: TilePlace) -> None:
-    """Fills a (heads, height, D) tile from q (T, Hq, D); rows that do not exist become zero."""
-    n_rows = place.last - place.first
-    if n_rows < tile.shape[1]:
-        tile.zero_()
-    tile[:, place.at : place.at + n_rows] = q[place.first : place.last, place.head : place.end_head].transpose(0, 1)
+def load_tile(b_q: Tensor, tile: Tile, begin: int, end: int) -> None:
+    """Fills b_q (heads, height, D) with query heads begin..end − 1 of a tile; rows that do not exist become zero."""
+    n_rows = tile.q.shape[1]
+    if n_rows == b_q.shape[1]:
+        b_q.copy_(tile.q[begin:end])
+        return
+    b_q.zero_()
+    b_q[:, tile.at : tile.at + n_rows] = tile.q[begin:end]
 
 
-def store_tile(tile: Tensor, out: Tensor, place: TilePlace) -> None:
-    """Writes the existing rows of a (heads, height, Dv) tile into out (T, Hq, Dv)."""
-    out[place.first : place.last, place.head : place.end_head] = tile[:, place.at : place.at + place.last - place.first].transpose(0, 1)
+def store_tile(result: Tensor, lse: Tensor | None, tile: Tile, begin: int, end: int) -> None:
+    """Writes result (heads, height, Dv) and lse (heads, height) to query heads begin..end − 1 of a tile."""
+    n_rows = tile.q.shape[1]
+    there = slice(tile.at, tile.at + n_rows)
+    tile.out[begin:end] = result if n_rows == result.shape[1] else result[:, there]
+    if tile.lse is not None and lse is not None:
+        tile.lse[begin:end] = lse[:, there]
 
 
-def clear_tile(problem: Problem, tiles: Tiles, todo: Schedule, kv_heads: range, where: tuple[int, int, int]) -> None:
+def clear_tile(problem: Problem, grid: Grid, kv_heads: range, place: tuple[int, int, int], n_heads: int) -> None:
     """Sets a tile without keys to 0, its LSE to −inf."""
-    place = tile_place(problem, tiles, kv_heads, where, 0, todo.heads_per_tile)
-    problem.out[place.first : place.last, place.head : place.end_head] = 0
-    if problem.lse is not None:
-        problem.lse[place.head : place.end_head, place.first : place.last] = -torch.inf
+    kv, first, i = place
+    begin = (kv_heads.start + kv) * problem.group + first
+    grid.tiles[i].out[begin : begin + n_heads] = 0
+    lse = grid.tiles[i].lse
+    if lse is not None:
+        lse[begin : begin + n_heads] = -torch.inf

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from accel.kernels.block_sparse import Rows
+from accel.kernels.block_sparse.cpu_probe import fp32_products_routed, route_for
 from accel.kernels.flex_index.probe import run_probe, sum_blocks
 from accel.kernels.flex_index.result import HeadDiagnostics, SequenceSelection
 from accel.kernels.flex_index.rule import SelectionRule
@@ -14,7 +16,8 @@ from accel.kernels.flex_index.select import estimate_probe, js_distance, query_a
 def select_sequence(q: Tensor, k: Tensor, rows: Rows, rule: SelectionRule, *, scale: float, softcap: float | None) -> SequenceSelection:
     """Blocks of one sequence. q: (L, Hq, D), k: (Hkv, N, D), views in any floating dtype; the arithmetic is fp32."""
     scale = rule.scale_of(scale, q.shape[-1])
-    probe = run_probe(q, k, rows, block_size=rule.block_size, scale=scale, softcap=softcap)
+    with fp32_products_routed(q.device.type == "cpu" and route_for(torch.float32, "accurate").is_routed):
+        probe = run_probe(q, k, rows, block_size=rule.block_size, scale=scale, softcap=softcap)
     vertical_mass = sum_blocks(probe.column_mass, rule.block_size)
     slash_mass = slash_block_mass(probe.distance_mass, rule)
     estimate = estimate_probe(probe.mean_query, probe.mean_keys, rows, rule, scale=scale, softcap=softcap)

@@ -149,7 +149,6 @@ def test_the_streaming_selection_equals_the_definition(case, rule, options, L, N
     one = case.random(L, N, Hq=2 * G, Hkv=2, D=24, seed=G, sharpness=1.5, softcap=softcap)
     fast, exact = (one.index(rule(**options), impl) for impl in ("cpu", "naive"))
     assert torch.equal(fast.plan.block_mask(one.rows), exact.plan.block_mask(one.rows))
-    print('DENS', fast.plan.density(one.lens, 2*G), fast.diagnostics[0].is_query_aware.float().mean())
     for field in dataclasses.fields(fast.diagnostics[0]):
         got, want = (getattr(found.diagnostics[0], field.name).double() for found in (fast, exact))
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0, equal_nan=True, msg=lambda text, name=field.name: f"{name}: {text}")
@@ -254,7 +253,9 @@ def test_a_head_that_sees_nan_keeps_every_tile_and_says_so(case, rule, where, im
     else:
         one.k[17, 0, 3] = torch.nan if where == "key" else torch.inf
     found = one.index(rule(tau=0.0), impl)
-    spoilt = torch.tensor([False, True, False, False] if where == "query" else [True, True, False, False])
+    # a logit of −inf is only a key without attention: one of the heads may bear the infinite key
+    spoilt = one.dense_probabilities()[:, -16:].isnan().any(-1).any(-1)
+    assert spoilt.tolist()[1:] == [True, False, False]
     assert torch.equal(found.is_finite[0], ~spoilt)
     rows = next(one.lens.rows())
     tiles = found.plan.block_mask(rows)

@@ -1,0 +1,150 @@
+"""What the measuring commands share: settings, quiet threads, the data type, the run folder and the finished result."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel.errors import AccelError, OptionError
+
+if TYPE_CHECKING:
+    from accel.evals.models import LoadedModel
+
+# OpenMP threads that wait by spinning lose a whole scheduler slice per operation where another process holds a core; passive waiting
+# was 5–15 % faster on an idle machine too (kernels.md §2.1)
+OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+
+
+def merge_settings(args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults, overridden by the file `args.config`, overridden by the flags that were given (those that are not None)."""
+    settings = dict(defaults)
+    if args.config:
+        for key, value in _read_yaml(Path(args.config)).items():
+            if key not in defaults:
+                close = difflib.get_close_matches(str(key), list(defaults), n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else "."
+                raise OptionError(f"{args.config} sets {key!r}, which is no setting of this command{hint} It has: {', '.join(defaults)}")
+            settings[key] = value
+    flags = {key: getattr(args, key) for key in defaults}
+    return {**settings, **{key: value for key, value in flags.items() if value is not None}}
+
+
+def print_settings(settings: Mapping[str, Any]) -> None:
+    """The settings on stdout, as a file that `--config` takes."""
+    import yaml
+
+    print(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), end="")
+
+
+def settle_threads(n_threads: int | None) -> None:
+    """Sets the OpenMP waiting policy and, where asked for, the number of threads. Values in the environment win.
+
+    Call it before anything imports torch: its OpenMP library reads the policy once, when it is loaded.
+    """
+    for name, value in OPENMP.items():
+        os.environ.setdefault(name, value)
+    if n_threads is not None:
+        import torch
+
+        if n_threads < 1:
+            raise OptionError(f"threads must be at least 1, got {n_threads}")
+        torch.set_num_threads(n_threads)
+
+
+def choose_dtype(asked: str, device: str) -> tuple[str, str]:
+    """The data type to load a model in, and why: as asked for, or for "auto" the one that this device is fast in."""
+    if asked != "auto":
+        return asked, "as asked for"
+    if device != "cpu":
+        return "bfloat16", f"usual on {device}"
+    import torch
+
+    from accel.kernels.block_sparse.cpu_probe import has_fast_bf16, machine_timings
+
+    if has_fast_bf16(machine_timings(torch.get_num_threads())):
+        return "bfloat16", "this processor multiplies bfloat16 faster than float32"
+    return "float32", "this processor multiplies bfloat16 more slowly than float32"
+
+
+def new_folder(command: str, out: str | None) -> Path:
+    """A fresh folder for one run: `out`, or runs/<date>-<command>. One that holds files already is refused."""
+    folder = Path(out) if out else Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{command}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise AccelError(f"{folder} exists already and is not an empty folder: choose another with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def finish_run(folder: Path, result: Mapping[str, Any]) -> None:
+    """Writes config.yaml, result.json and both reports, and says where on stderr."""
+    import yaml
+
+    from accel.evals.report import write_reports
+
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(result["config"]), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"report: {write_reports(folder).html}", file=sys.stderr)
+
+
+def describe_run(command: str, title: str, loaded: LoadedModel, settings: Mapping[str, Any], *, dtype_reason: str) -> dict[str, Any]:
+    """The head of a result.json: what ran, on what, with which settings."""
+    from accel.cli.env import describe
+
+    found = describe()
+    parameter = next(iter(loaded.model.parameters()))
+    return {
+        "schema": 1,
+        "command": command,
+        "title": title,
+        "model": loaded.name,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": f"{found['processor']['name']}, {found['threads']['torch threads']} threads" if parameter.device.type == "cpu" else
+        next(iter(found["accelerators"].values())),
+        "created": f"{datetime.now():%d %B %Y, %H:%M}",
+        "config": dict(settings),
+        "env": {
+            **found["accel"], **found["required packages"], **{f"processor {key}": value for key, value in found["processor"].items()},
+            **{key: value for key, value in found["threads"].items() if key != "advice"}, **found["CPU kernel"], "dtype chosen": dtype_reason,
+        },
+    }  # fmt: skip
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr; call it with what begins now. The bar counts what has ended."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, file=sys.stderr, unit="pass", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}]{postfix}") as bar:
+        begun = 0
+
+        def step(text: str) -> None:
+            nonlocal begun
+            if begun:
+                bar.total = max(bar.total, begun)
+                bar.update()
+            begun += 1
+            bar.set_postfix_str(text)
+
+        yield step
+        bar.update(bar.total - bar.n)
+        bar.set_postfix_str("done")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise OptionError(f"cannot read the settings in {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise OptionError(f"{path} must hold settings, as `lengths: 4k,8k`, got {type(found).__name__}")
+    return found

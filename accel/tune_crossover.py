@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from accel.crossover import NEVER_TOKENS
-from accel.errors import OptionError
+from accel.errors import OptionError, UnsupportedError
 from accel.protocols import SparseAttention
 from accel.recipe import Recipe
 from accel.tune import progress_bar
@@ -17,13 +17,15 @@ from accel.tune import progress_bar
 class LengthTimes:
     """Time to first token at one length, from one interleaved run.
 
-    speedup: by dense baseline, median over rounds of its time / the method's. sparse_calls: 0 where the method ran dense after all.
+    speedup: by dense baseline, median over rounds of its time / the method's. sparse_calls: 0 where the method ran dense after all; `note`
+    says why.
     """
 
     tokens: int
     ms: Mapping[str, float]
     speedup: Mapping[str, float]
     sparse_calls: int
+    note: str = ""
 
     @property
     def against_best_dense(self) -> float:
@@ -42,6 +44,7 @@ def measure_crossover(
     """Time to first token of `method`, sparse from the first token on, against every dense baseline, at rising lengths.
 
     input_ids: (1, at least the longest length), real text: what is selected, and so the time, depends on it.
+    Raises UnsupportedError where the method runs dense at every length: there is nothing to compare then.
     """
     from accel.evals.latency import count_passes, measure_ttft
 
@@ -58,7 +61,9 @@ def measure_crossover(
         for n in ordered:
             rows = measure_ttft(model, input_ids[:, :n], variants, repeats=repeats, progress=advance)
             mine = next(row for row in rows if row.label == label)
-            times.append(LengthTimes(n, {row.label: row.ms.median for row in rows}, mine.speedup, mine.sparse_calls))
+            times.append(LengthTimes(n, {row.label: row.ms.median for row in rows}, mine.speedup, mine.sparse_calls, mine.note))
+    if not any(row.sparse_calls for row in times):
+        raise UnsupportedError(f"{label} ran dense at every length:", [f"{row.tokens} tokens: {row.note}" for row in times])
     return times
 
 
@@ -69,7 +74,7 @@ def find_crossover(times: Sequence[LengthTimes], *, margin: float = 0.02) -> int
     """
     found = None
     for row in sorted(times, key=lambda row: row.tokens, reverse=True):
-        if not row.sparse_calls or row.against_best_dense < 1 + margin:
+        if not row.sparse_calls or not all(ratio >= 1 + margin for ratio in row.speedup.values()):
             break
         found = row.tokens
     return found

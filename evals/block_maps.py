@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import accel
+from accel.evals.latency import last_logits_only, quiet_notices
 from accel.kernels.block_sparse.plan import BlockPlan
 from accel.kernels.block_sparse.ragged import Ragged
 from accel.protocols import AttentionStep, Method
@@ -24,6 +25,7 @@ class HeadMaps:
     """
 
     calls: dict[int, tuple[AttentionStep, BlockPlan, Ragged]] = field(default_factory=dict)
+    dense_calls: dict[str, int] = field(default_factory=dict)       # by reason, where `record_block_maps` ran the prompt
 
     def record(self, *, step: AttentionStep, plan: BlockPlan, lens: Ragged) -> None:
         """Observer of one sparse call; keeps prefill calls."""
@@ -76,8 +78,9 @@ class HeadMaps:
 def record_block_maps(model: Any, methods: Sequence[Method], input_ids: Tensor) -> HeadMaps:
     """The tiles that `methods` read in one prefill of `input_ids` (1, L). Empty where every layer ran dense."""
     maps = HeadMaps()
-    with accel.apply(model, *methods) as handle, handle.observe(maps.record), torch.no_grad():
-        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    with quiet_notices(), accel.apply(model, *methods) as handle, handle.observe(maps.record), torch.no_grad():
+        model(input_ids=input_ids, use_cache=False, **last_logits_only(model))
+        maps.dense_calls = dict(handle.stats.total.dense_calls)
     return maps
 
 

@@ -148,7 +148,7 @@ def measure_decode(
     cache = DynamicCache(config=model.config)
     with_cache = {_cache_argument(model): cache, "use_cache": True}
     with torch.no_grad():
-        model(input_ids=input_ids[:, :n_filled], **with_cache, **_last_logits_only(model))
+        model(input_ids=input_ids[:, :n_filled], **with_cache, **last_logits_only(model))
 
     def decode() -> None:
         for i in range(n_filled, input_ids.shape[1]):
@@ -203,6 +203,18 @@ def dense_note(done: Pass) -> str:
     if not done.sparse_calls:
         return BELOW_CROSSOVER if reason.startswith("shorter than") else f"dense: {reason}"
     return f"{n_dense} of {n_dense + done.sparse_calls} calls dense ({reason})"
+
+
+def describe_method(method: Method) -> str:
+    """The method's name with the options that differ from their defaults, short enough for a table."""
+    options = ", ".join(f"{name}={value}" for name, value in method.changed_options().items())
+    return f"{method.method_name()}({options})" if options else method.method_name()
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """The argument with which the model computes the logits of the last token alone; empty where it has none."""
+    # asked of the class: a patched or wrapped forward may hide its arguments
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
 
 
 def memory_note(model: Any) -> str:
@@ -287,14 +299,9 @@ def _seconds(model: Any, call: Callable[[], object]) -> float:
 
 
 def _prefill(model: Any, input_ids: Tensor) -> None:
-    out = model(input_ids=input_ids, use_cache=True, **_last_logits_only(model))
+    out = model(input_ids=input_ids, use_cache=True, **last_logits_only(model))
     # the token itself, on the host: that is when a user sees it
     out.logits[:, -1].argmax(-1).tolist()
-
-
-def _last_logits_only(model: Any) -> dict[str, int]:
-    # asked of the class: a patched or wrapped forward may hide its arguments
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
 
 
 def _cache_argument(model: Any) -> str:

@@ -41,6 +41,7 @@ class Section:
 def sections(result: Mapping[str, Any]) -> list[Section]:
     """Everything that the result holds, in reading order; what it lacks is left out."""
     built = [
+        *([_facts_section(result["facts"])] if result.get("facts") else []),
         *_accuracy_sections(result),
         *(_latency_section(metric, result["latency"]) for metric in METRIC_TITLES if _with_metric(result, metric)),
         *([_operator_section(result["operator"])] if result.get("operator") else []),
@@ -170,18 +171,25 @@ def _operator_section(rows: Sequence[Row]) -> Section:
     return Section("operator", "Attention operator alone", tables=[operator_table(rows)])
 
 
-def _maps_section(maps: Sequence[Row]) -> Section:
-    intro = ("Each square is the causal half of one head's attention: query blocks from top to bottom, key blocks from left to right. "
-             "Coloured tiles were computed, pale ones skipped.")  # fmt: skip
+def _facts_section(facts: Mapping[str, str]) -> Section:
+    return Section("model", "The model", tables=[Table(["", ""], [list(pair) for pair in facts.items()], text_columns=(0, 1))])
+
+
+def maps_table(maps: Sequence[Row]) -> Table:
+    """One row per method: how many layers it ran sparse in, and the density of its heads."""
     rows = []
     for m in maps:
         per_head = sorted(d for heads in m["density"].values() for d in heads)
-        if per_head:
-            mean, low, high = sum(per_head) / len(per_head), per_head[len(per_head) // 10], per_head[len(per_head) * 9 // 10]
-            n_sparse = f"{len(m['density'])} of {m['n_layers']}"
-            rows.append([m["label"], short_length(m["tokens"]), str(m["block_size"]), n_sparse, number(mean, 2), f"{low:.2f} – {high:.2f}"])
-    table = Table(["method", "tokens", "block", "sparse layers", "mean density", "p10–p90 of heads"], rows)
-    return Section("maps", "What the heads read", paragraphs=[intro], tables=[table])
+        mean, low, high = sum(per_head) / len(per_head), per_head[len(per_head) // 10], per_head[len(per_head) * 9 // 10]
+        n_sparse = f"{len(m['density'])} of {m['n_layers']}"
+        rows.append([m["label"], short_length(m["tokens"]), str(m["block_size"]), n_sparse, number(mean, 2), f"{low:.2f} – {high:.2f}"])
+    return Table(["method", "tokens", "block", "sparse layers", "mean density", "p10–p90 of heads"], rows)
+
+
+def _maps_section(maps: Sequence[Row]) -> Section:
+    intro = ("Each square is the causal half of one head's attention: query blocks from top to bottom, key blocks from left to right. "
+             "Coloured tiles were computed, pale ones skipped.")  # fmt: skip
+    return Section("maps", "What the heads read", paragraphs=[intro], tables=[maps_table(maps)])
 
 
 # --- what it cannot claim -----------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class RandomBlocks(SparseAttention):
         causal = distance >= 0
         forced = distance == 0
         forced[:, 0] = True
-        n_kept = max(int(self.density * int(causal.sum()) + 0.5), int(forced.sum()))
+        n_kept = max(round(self.density * int(causal.sum())), int(forced.sum()))
         generator = torch.Generator().manual_seed(self._seed_of(rows, layer))
         draw = torch.rand(n_heads, *distance.shape, generator=generator)
         # forced tiles win every draw, tiles above the diagonal none

@@ -221,6 +221,14 @@ def test_measurement_covers_every_length_once_in_rising_order_with_both_baseline
         assert row.sparse_calls == model.config.num_hidden_layers, "min_seq_len of the method is set aside while measuring"
 
 
+def test_method_that_always_runs_dense_has_no_crossover() -> None:
+    import torch
+    from support import tiny_llama
+
+    with pytest.raises(UnsupportedError, match=r"dense ran dense at every length:\n  - 32 tokens: .+"):
+        measure_crossover(tiny_llama(), torch.ones(1, 32, dtype=torch.long), registry.build("dense"), [32], repeats=1, show_progress=False)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("lengths", [[], [0], [8, 17]], ids=["none", "zero", "beyond_the_text"])
 def test_lengths_outside_the_text_are_refused(lengths: list[int]) -> None:
     import torch

@@ -69,7 +69,7 @@ def measurements(done: Sequence[Measured]) -> dict[str, Any]:
     return {
         "scores": [_score_row(m, label) for m in scored for label in m.variants],
         "answers": [row for m in scored[:1] for label in m.variants for row in _answer_rows(m, label)],
-        "latency": [row.as_dict() for m in sorted(done, key=lambda m: m.case.tokens) for row in m.rows()],
+        "latency": [row.as_dict() for m in _by_length(done) for row in m.rows()],
         "block_maps": [found.as_dict(label, found.typical_heads(3)) for label, found in maps],
     }
 
@@ -80,7 +80,7 @@ def print_summary(done: Sequence[Measured]) -> None:
 
     labels = list(done[0].variants)
     rows = [row for m in done if m.case.title for row in _score_lines(m, labels)]
-    rows += [row for m in sorted(done, key=lambda m: m.case.tokens) for row in _time_lines(m, labels)]
+    rows += [row for m in _by_length(done) for row in _time_lines(m, labels)]
     print_table(["", *labels], rows)
     print("× dense: how many times faster than that dense baseline. Only the smaller of the two ratios is the gain of sparsity.")
 
@@ -102,6 +102,11 @@ def limits(done: Sequence[Measured]) -> list[str]:
     found += [f"{m.case.title}: measured at {m.case.tokens} tokens only, as this machine was too slow for the full length in the time given; "
               "accel demo --minutes 15 gives it more." for m in shortened]  # fmt: skip
     return found
+
+
+def _by_length(done: Sequence[Measured]) -> list[Measured]:
+    """One case per length, shortest first: a shortened case repeats a length that another one has timed already."""
+    return sorted({m.case.tokens: m for m in reversed(done)}.values(), key=lambda m: m.case.tokens)
 
 
 def _score_row(m: Measured, label: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 HELP = "versions, processor, threads, measured crossovers, and which optional packages are missing"
 
@@ -26,6 +26,7 @@ OPTIONAL = {
     "vllm": "accel serve",
 }
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+PRECISIONS: tuple[Literal["accurate", "fast"], ...] = ("accurate", "fast")
 OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 
@@ -125,20 +126,34 @@ def _cpu_choice() -> dict[str, Any]:
         return {}
     import torch
 
-    from accel.kernels.block_sparse.cpu_probe import Route, has_fast_bf16, machine_timings, route_for
+    from accel.kernels.block_sparse.cpu_probe import Route, route_for
 
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-    routes = {f"{name}, {precision}": route_for(dtype, precision) for dtype, name in names.items() for precision in ("accurate", "fast")}
+    routes = {
+        f"{name}, {precision}, {'dense' if is_dense else 'sparse'}": route_for(dtype, precision, is_dense=is_dense)
+        for dtype, name in names.items()
+        for precision in PRECISIONS
+        for is_dense in (False, True)
+    }
 
     def describe_route(route: Route) -> str:
         if route.kernel == "sdpa":
-            return "torch's SDPA, tile by tile"
+            return "torch's SDPA"
         through = " through oneDNN" if route.is_routed else ""
         return f"matrix products, scores in {names[route.score_dtype]}{through}, values in {names[route.value_dtype]}"
 
-    is_fast = has_fast_bf16(machine_timings(torch.get_num_threads()))
-    advice = "faster than float32" if is_fast else "slower than float32: prefer float32 models on this machine"
+    advice = "faster than float32" if is_bf16_fast() else "slower than float32: prefer float32 models on this machine"
     return {**{case: describe_route(route) for case, route in routes.items()}, "bfloat16 products": advice}
+
+
+def is_bf16_fast() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones; between processors the ratio spans 1:100."""
+    import torch
+
+    from accel.kernels.block_sparse.cpu_probe import machine_timings
+
+    timings = machine_timings(torch.get_num_threads())
+    return timings.bf16_ms < min(timings.fp32_ms, timings.routed_ms)
 
 
 def _as_text(found: dict[str, Any]) -> str:

@@ -65,11 +65,9 @@ def choose_dtype(asked: str, device: str) -> tuple[str, str]:
         return asked, "as asked for"
     if device != "cpu":
         return "bfloat16", f"usual on {device}"
-    import torch
+    from accel.cli.env import is_bf16_fast
 
-    from accel.kernels.block_sparse.cpu_probe import has_fast_bf16, machine_timings
-
-    if has_fast_bf16(machine_timings(torch.get_num_threads())):
+    if is_bf16_fast():
         return "bfloat16", "this processor multiplies bfloat16 faster than float32"
     return "float32", "this processor multiplies bfloat16 more slowly than float32"
 
@@ -128,13 +126,15 @@ def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
         def step(text: str) -> None:
             nonlocal begun
             if begun:
-                bar.total = max(bar.total, begun)
+                # further rounds may follow: never a total below what has begun
+                bar.total = max(total, begun + 1)
                 bar.update()
             begun += 1
             bar.set_postfix_str(text)
 
         yield step
-        bar.update(bar.total - bar.n)
+        bar.total = max(begun, 1)
+        bar.update(begun - bar.n)
         bar.set_postfix_str("done")
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 KEYS = (
-    "anchor", "basket", "candle", "desert", "engine", "feather", "garden", "hammer", "island", "jacket", "kitchen", "ladder", "mirror", "needle",
-    "orange", "pencil", "quartz", "ribbon", "saddle", "tunnel", "umbrella", "violin", "window", "yellow", "zebra", "bridge", "castle", "dragon",
-    "forest", "glacier", "harbor", "jungle", "lantern", "meadow", "ocean", "pepper", "river", "silver", "temple", "valley",
+    "apple", "river", "tiger", "piano", "silver", "window", "garden", "castle", "bridge", "planet", "orange", "dragon", "mirror", "candle", "forest",
+    "island", "ocean", "temple", "violin", "winter",
 )  # fmt: skip
 
 ADJECTIVES = (

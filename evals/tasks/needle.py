@@ -1,6 +1,6 @@
 """Passkeys: four facts hidden in prose and repeated at the end, scored under teacher forcing.
 
-Prompt of exactly N tokens: help-topic prose with "The magic number for KEY is ddddd." at 8, 33, 58 and 83 % depth; the tail states the four facts
+Prompt of exactly N tokens: help-topic prose with "Note that the magic number for KEY is ddddd." at 8, 33, 58 and 83 % depth; the tail states the four facts
 again in the order 3, 1, 4, 2, so that no answer follows from the one before. A number at chance has log-probability 5·ln(1/10) = −11.5 where the tokenizer
 splits digits. The tail lies inside FlexPrefill's probe (the last block of queries). Retrieval of this kind separates sparse methods; perplexity
 does not.
@@ -17,6 +17,8 @@ from accel.evals.tasks._words import KEYS
 
 DEPTHS = (0.08, 0.33, 0.58, 0.83)
 TAIL_ORDER = (2, 0, 3, 1)
+FACT = "\n\nNote that the magic number for {key} is {number}.\n\n"
+LEAD = "\n\nHere are the magic numbers once more.\n\n"
 
 
 def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
@@ -28,8 +30,8 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     rng = sample_rng("needle", seed, index)
     keys = rng.sample(KEYS, len(DEPTHS))
     numbers = [str(rng.randrange(10_000, 100_000)) for _ in DEPTHS]
-    facts = [encode_parts(tokenizer, f" The magic number for {key} is {number}.", [number]) for key, number in zip(keys, numbers, strict=True)]
-    head, tail_start = opening(tokenizer), encode(tokenizer, "\n\nTo repeat the facts:")
+    facts = [encode_parts(tokenizer, FACT.format(key=key, number=number), [number]) for key, number in zip(keys, numbers, strict=True)]
+    head, tail_start = opening(tokenizer), encode(tokenizer, LEAD)
     tail = [*tail_start, *(token for i in TAIL_ORDER for token in facts[i].ids)]
     n_fixed = len(head) + len(tail) + sum(len(fact.ids) for fact in facts)
     require_length("needle", n_tokens, 2 * n_fixed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def cpu_attention(
     plan None: every key. Memory beyond the output: the packed keys and values of a few heads and the scores of one step, under 64 MB at 16K
     (kernels.md §2.2). route: by default the one that the probe found fastest.
     """
-    chosen = route_for(q.dtype, precision) if route is None else route
+    chosen = route_for(q.dtype, precision, is_dense=plan is None) if route is None else route
     if chosen.kernel == "sdpa" and (softcap is not None or lse is not None):
         # torch's attention offers neither
         chosen = Route("gemm")
@@ -49,11 +51,33 @@ def cpu_attention(
             if mask is not None and mask.shape[0] not in (1, q.shape[1]):
                 raise ValueError(f"the plan describes {mask.shape[0]} heads, q has {q.shape[1]}")
             block_size = plan.block_size if plan is not None else DENSE_BLOCK
-            # few rows are read in place by matrix products whatever the prefill's kernel: torch's own is slowest there
-            route = Route("gemm") if is_decode(rows) and chosen.kernel == "sdpa" else chosen
-            attend = attend_decode if is_decode(rows) else attend_prefill
-            attend(Problem(q, keys, rows, mask, block_size, scale, softcap, out, lse, route))
+            attend(Problem(q, keys, rows, mask, block_size, scale, softcap, out, lse, chosen))
     workspace.trim()
+
+
+def attend(problem: Problem) -> None:
+    """Writes the rows of one sequence by the path that suits their number."""
+    rows, by_torch = problem.rows, problem.route.kernel == "sdpa"
+    if is_decode(rows):
+        # few rows are read in place by matrix products whatever the prefill's kernel: torch's own is slowest there
+        attend_decode(replace(problem, route=Route("gemm")) if by_torch else problem)
+    elif problem.mask is not None or not by_torch:
+        attend_prefill(problem)
+    elif rows.offset:
+        # torch's causal mask cannot start behind a cached prefix
+        attend_prefill(replace(problem, route=Route("gemm")))
+    else:
+        attend_whole(problem)
+
+
+def attend_whole(problem: Problem) -> None:
+    """Writes a whole causal prefill by torch's own attention."""
+    here = slice(problem.rows.q_start, problem.rows.q_start + problem.rows.q_len)
+    k, v = problem.keys.tokens(problem.rows.index)
+    result = torch.nn.functional.scaled_dot_product_attention(
+        problem.q[here].transpose(0, 1)[None], k[None], v[None], is_causal=True, scale=problem.scale, enable_gqa=problem.group > 1
+    )
+    problem.out[here] = result[0].transpose(0, 1)
 
 
 def clear_gaps(lens: Ragged, out: Tensor, lse: Tensor | None) -> None:

@@ -31,7 +31,8 @@ def attend_decode(problem: Problem) -> None:
         k, v = problem.keys.gather(rows.index, blocks, problem.block_size)
         token = (blocks[:, None] * problem.block_size + torch.arange(problem.block_size)).flatten()
     # (L, Hkv · G, D) -> (Hkv, G · L, D)
-    q = problem.q[rows.q_start : rows.q_start + rows.q_len].unflatten(1, (-1, group)).permute(1, 2, 0, 3).flatten(1, 2)
+    here = slice(rows.q_start, rows.q_start + rows.q_len)
+    q = problem.q[here].transpose(0, 1).reshape(-1, group * rows.q_len, problem.q.shape[2])
     scores = products(q, k, problem).mul_(problem.scale)
     finish_scores(scores, problem.softcap)
 
@@ -44,9 +45,9 @@ def attend_decode(problem: Problem) -> None:
     is_empty = ~visible.any(-1, keepdim=True).expand(*by_head.shape[:2], 1)
     by_head.masked_fill_(is_empty, 0)
     result = weighted_values(scores, v, problem).view(-1, rows.q_len, v.shape[2])
-    problem.out[rows.q_start : rows.q_start + rows.q_len] = result.transpose(0, 1)
+    problem.out[here] = result.transpose(0, 1)
     if problem.lse is not None and lse is not None:
-        problem.lse[:, rows.q_start : rows.q_start + rows.q_len] = lse.masked_fill_(is_empty[..., 0], -torch.inf)
+        problem.lse[:, here] = lse.masked_fill_(is_empty[..., 0], -torch.inf)
 
 
 def visible_tokens(problem: Problem, token: Tensor | None) -> Tensor:

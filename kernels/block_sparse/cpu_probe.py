@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -33,20 +33,23 @@ HOPELESS = 4.0
 
 Precision = Literal["accurate", "fast"]
 
-_SHAPE = (4, 128, 128, 1024)        # tiles, query rows, head size, keys
+# query rows, head size and keys of one tile
+_ROWS, _DIM, _KEYS = 128, 128, 1024
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Milliseconds of one (4, 128, 128) x (4, 128, 1024) product by precision, and of attention over the same shape."""
+    """Milliseconds of a product of n tiles (n, 128, 128) x (n, 128, 1024) by precision, and of attention over the same shape; n ≥ 4 by threads."""
 
     fp32_ms: float
     routed_ms: float        # fp32 with float32_matmul_precision "medium"
     routed_error: float     # its relative error against float64
     bf16_ms: float
-    softmax_ms: float       # fp32, (4, 128, 1024)
-    sdpa_fp32_ms: float     # torch's own attention, tile by tile: both products and the softmax
+    softmax_ms: float       # fp32, (n, 128, 1024)
+    sdpa_fp32_ms: float     # torch's own attention by tiles: both products and the softmax
     sdpa_bf16_ms: float
+    dense_fp32_ms: float    # the same over many query rows at once, where its larger tiles run
+    dense_bf16_ms: float
 
 
 @dataclass(frozen=True)
@@ -65,27 +68,41 @@ class Route:
 def choose_route(timings: Timings, dtype: torch.dtype, precision: Precision) -> Route:
     """The fastest path for inputs of `dtype` that is accurate enough: scores in bf16 only when `precision` is "fast"."""
     is_routed = timings.routed_error < MAX_ROUTED_ERROR and timings.routed_ms * MIN_GAIN < timings.fp32_ms
-    fp32_ms = timings.routed_ms if is_routed else timings.fp32_ms
-    candidates = {Route("gemm", torch.float32, torch.float32, is_routed): 2 * fp32_ms + timings.softmax_ms}
+    routes = [Route("gemm", torch.float32, torch.float32, is_routed)]
     if dtype == torch.bfloat16:
-        candidates[Route("gemm", torch.float32, torch.bfloat16, is_routed)] = fp32_ms + timings.bf16_ms + timings.softmax_ms
-        candidates[Route("sdpa", dtype, dtype)] = timings.sdpa_bf16_ms * MIN_GAIN
+        routes.append(Route("gemm", torch.float32, torch.bfloat16, is_routed))
         if precision == "fast":
-            candidates[Route("gemm", torch.bfloat16, torch.bfloat16)] = 2 * timings.bf16_ms + timings.softmax_ms
+            routes.append(Route("gemm", torch.bfloat16, torch.bfloat16))
+    candidates = {route: gemm_ms(timings, route) for route in routes}
+    if dtype == torch.bfloat16:
+        candidates[Route("sdpa", dtype, dtype)] = timings.sdpa_bf16_ms * MIN_GAIN
     elif dtype == torch.float32:
         candidates[Route("sdpa", dtype, dtype)] = timings.sdpa_fp32_ms * MIN_GAIN
     # float16 is always up-cast: its products and its SDPA are slow everywhere
     return min(candidates, key=lambda route: candidates[route])
 
 
-def has_fast_bf16(timings: Timings) -> bool:
-    """Whether a bf16 product beats converting the operands to fp32."""
-    return timings.bf16_ms < min(timings.fp32_ms, timings.routed_ms)
+def choose_dense_route(timings: Timings, dtype: torch.dtype, precision: Precision) -> Route:
+    """`choose_route` for a whole causal prefill: torch's own attention unless the products clearly beat it."""
+    route = choose_route(timings, dtype, precision)
+    if dtype not in (torch.bfloat16, torch.float32):
+        return route
+    torch_ms = timings.dense_bf16_ms if dtype == torch.bfloat16 else timings.dense_fp32_ms
+    if route.kernel == "gemm" and gemm_ms(timings, route) * MIN_GAIN < torch_ms:
+        return route
+    return Route("sdpa", dtype, dtype)
 
 
-def route_for(dtype: torch.dtype, precision: Precision) -> Route:
-    """This machine's `choose_route` with the present number of threads."""
-    return choose_route(machine_timings(torch.get_num_threads()), dtype, precision)
+def gemm_ms(timings: Timings, route: Route) -> float:
+    """Expected time of both products and the softmax between them."""
+    fp32_ms = timings.routed_ms if route.is_routed else timings.fp32_ms
+    return sum(timings.bf16_ms if dtype == torch.bfloat16 else fp32_ms for dtype in (route.score_dtype, route.value_dtype)) + timings.softmax_ms
+
+
+def route_for(dtype: torch.dtype, precision: Precision, *, is_dense: bool = False) -> Route:
+    """This machine's `choose_route`, or `choose_dense_route`, with the present number of threads."""
+    choose = choose_dense_route if is_dense else choose_route
+    return choose(machine_timings(torch.get_num_threads()), dtype, precision)
 
 
 @cache
@@ -144,54 +161,63 @@ def cpu_name() -> str:
 
 
 def measure() -> Timings:
-    """Times the candidates on this machine, about 20 ms (more where bf16 is emulated)."""
-    n, rows, dim, keys = _SHAPE
+    """Times the candidates on this machine: about 20 ms, more where bf16 is emulated."""
+    n = max(4, 2 * torch.get_num_threads())
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(n, rows, dim, generator=generator), torch.randn(n, keys, dim, generator=generator)
+    q, k = torch.randn(n, _ROWS, _DIM, generator=generator), torch.randn(n, _KEYS, _DIM, generator=generator)
     kt = k.transpose(1, 2)
-    scores = torch.empty(n, rows, keys)
+    scores = torch.empty(n, _ROWS, _KEYS)
+    # torch's attention over a part that keeps every thread busy and ends within a scheduler slice; from 768 rows on it takes larger tiles
+    n_some, n_rows, n_keys = max(1, n // 4), 768, 256
+
+    def routed() -> Tensor:
+        with fp32_products_routed(True):
+            return torch.bmm(q, kt, out=scores)
+
     exact = torch.bmm(q[:1].double(), kt[:1].double())
-    with fp32_products_routed(True):
-        routed_ms = _best_ms(lambda: torch.bmm(q, kt, out=scores))
-        routed_error = float((scores[:1] - exact).norm() / exact.norm())
-    fp32_ms = _best_ms(lambda: torch.bmm(q, kt, out=scores))
-    return Timings(
-        fp32_ms=fp32_ms,
-        routed_ms=routed_ms,
-        # an exact product still counts as measured
-        routed_error=max(routed_error, 1e-12),
-        bf16_ms=_bf16_ms(q.bfloat16(), kt.bfloat16(), fp32_ms),
-        softmax_ms=_best_ms(lambda: torch.softmax(scores, -1)),
-        sdpa_fp32_ms=_sdpa_ms(q, k),
-        sdpa_bf16_ms=_sdpa_ms(q.bfloat16(), k.bfloat16()),
-    )
+    error = float((routed()[:1] - exact).norm() / exact.norm())
+    runs: dict[str, Callable[[], object]] = {
+        "fp32_ms": lambda: torch.bmm(q, kt, out=scores),
+        "routed_ms": routed,
+        "softmax_ms": lambda: torch.softmax(scores, -1),
+    }
+    for name, (b_q, b_k) in {"fp32": (q, k), "bf16": (q.bfloat16(), k.bfloat16())}.items():
+        runs[f"sdpa_{name}_ms"] = partial(_attend, b_q[:n_some, None], b_k[:n_some, None])
+        runs[f"dense_{name}_ms"] = partial(_attend, b_k[:n_some, None, :n_rows], b_k[:n_some, None, :n_keys])
+    best = _best_ms(runs)
+    # scaled to the multiplications of the other timings
+    for name in ("fp32", "bf16"):
+        best[f"sdpa_{name}_ms"] *= n / n_some
+        best[f"dense_{name}_ms"] *= n * _ROWS * _KEYS / (n_some * n_rows * n_keys)
+    # an exact product still counts as measured
+    return Timings(**best, bf16_ms=_bf16_ms(q.bfloat16(), kt.bfloat16(), best["fp32_ms"]), routed_error=max(error, 1e-12))
+
+
+def _attend(q: Tensor, k: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, k)
 
 
 def _bf16_ms(q: Tensor, kt: Tensor, fp32_ms: float) -> float:
-    # a sixty-fourth first: where bf16 is emulated the full product takes a quarter of a second
-    few = kt.shape[2] // 16
-    small = torch.empty(1, q.shape[1], few, dtype=torch.bfloat16)
-    estimate_ms = 16 * q.shape[0] * _best_ms(lambda: torch.bmm(q[:1], kt[:1, :, :few], out=small))
+    # one tile and few keys first: where bf16 is emulated the full product takes a quarter of a second
+    share = 16
+    small = kt[:1, :, : kt.shape[2] // share]
+    estimate_ms = share * q.shape[0] * _best_ms({"small": lambda: torch.bmm(q[:1], small)})["small"]
     if estimate_ms > HOPELESS * fp32_ms:
         return estimate_ms
-    scores = torch.empty(*q.shape[:2], kt.shape[2], dtype=torch.bfloat16)
-    return _best_ms(lambda: torch.bmm(q, kt, out=scores))
+    return _best_ms({"full": lambda: torch.bmm(q, kt)})["full"]
 
 
-def _sdpa_ms(q: Tensor, k: Tensor) -> float:
-    # one tile of 128 rows per call, as the executor calls it
-    return q.shape[0] * _best_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q[None, :1], k[None, :1], k[None, :1]))
-
-
-def _best_ms(run: Callable[[], object], repeats: int = 3) -> float:
-    # the minimum: whatever else the machine does can only add
-    run()
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - begin)
-    return best * 1e3
+def _best_ms(runs: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str, float]:
+    """Shortest time of each, in milliseconds. Taken in turn, so that a busy moment of the machine meets all of them; it can only add."""
+    best = dict.fromkeys(runs, float("inf"))
+    # the first round warms up
+    for is_warm in [False] + [True] * rounds:
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            if is_warm:
+                best[name] = min(best[name], (time.perf_counter() - begin) * 1e3)
+    return best
 
 
 _precision_lock = threading.Lock()

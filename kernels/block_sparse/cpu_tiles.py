@@ -130,8 +130,8 @@ def attend_step(problem: Problem, grid: Grid, pack: Pack, step: Step, heads_per_
 
 def attend_keys(problem: Problem, grid: Grid, q: Tensor, pack: Pack, step: Step, keys_at_once: int) -> tuple[Tensor, Tensor | None]:
     """Attention of q (tiles, heads, rows, D) over the blocks of a step, `keys_at_once` of them at a time, parts merged by their LSE."""
-    total, total_lse = None, None
     in_parts = keys_at_once < step.n_blocks
+    merged = Merged()
     for lo in range(0, step.n_blocks, keys_at_once):
         hi = min(lo + keys_at_once, step.n_blocks)
         k, v = gather(problem, pack, step, lo, hi)
@@ -139,16 +139,29 @@ def attend_keys(problem: Problem, grid: Grid, q: Tensor, pack: Pack, step: Step,
         if problem.route.kernel == "sdpa":
             return torch_attention(problem, q, k, v, hidden), None
         part, lse = two_products(problem, q, k, v, hidden, wants_lse=in_parts or problem.lse is not None)
-        if not in_parts:
+        if lse is None or not in_parts:
             return part, lse
-        if total is None or total_lse is None or lse is None:
-            # a copy: the next part overwrites this one
-            total, total_lse = part.to(torch.float32, copy=True), lse
-        else:
-            merged = torch.logaddexp(total_lse, lse)
-            total.mul_((total_lse - merged).exp_()[..., None]).addcmul_(part, (lse - merged).exp_()[..., None])
-            total_lse = merged
-    return total, total_lse
+        merged.add(part, lse)
+    return merged.out, merged.lse
+
+
+class Merged:
+    """Attention over parts of the keys, put together: each part weighs exp(its LSE)."""
+
+    out: Tensor     # (..., Dv) fp32
+    lse: Tensor     # (...) fp32
+
+    def __init__(self) -> None:
+        self.is_empty = True
+
+    def add(self, out: Tensor, lse: Tensor) -> None:
+        if self.is_empty:
+            # a copy: the next part is computed in the same buffer
+            self.out, self.lse, self.is_empty = out.to(torch.float32, copy=True), lse, False
+            return
+        lse_of_both = torch.logaddexp(self.lse, lse)
+        self.out.mul_((self.lse - lse_of_both).exp_()[..., None]).addcmul_(out, (lse - lse_of_both).exp_()[..., None])
+        self.lse = lse_of_both
 
 
 def gather(problem: Problem, pack: Pack, step: Step, lo: int, hi: int) -> tuple[Tensor, Tensor]:

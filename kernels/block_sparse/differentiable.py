@@ -88,19 +88,22 @@ def flex_block_mask(plan: BlockPlan, rows: Rows, *, device: torch.device | str) 
 
     Query row 0 is the first row of the first query block, which after a cached prefix may lie before the first query.
     """
-    tiles = plan.block_mask(rows)[None].to(device)
-    distance = causal_blocks(rows, plan.block_size, device)
-    first_row = rows.first_block(plan.block_size) * plan.block_size
+    size = plan.block_size
+    tiles = plan.block_mask(rows).to(device)
+    distance = causal_blocks(rows, size, device)
+    first_row = rows.first_block(size) * size
+    has_heads = tiles.shape[0] > 1
     # only tiles on the diagonal need a test per token
-    masked_count, masked_index = _block_lists(tiles & (distance == 0))
-    full_count, full_index = _block_lists(tiles & (distance > 0))
+    masked_count, masked_index = _block_lists(tiles[None] & (distance == 0))
+    full_count, full_index = _block_lists(tiles[None] & (distance > 0))
 
-    def causal(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        return row + first_row >= key
+    def visible(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        # the compiled kernel asks this on the diagonal only; uncompiled, FlexAttention ignores the lists and asks everywhere
+        return tiles[h if has_heads else 0, row // size, key // size] & (row + first_row >= key)
 
     lengths = (rows.kv_len - first_row, rows.kv_len)
     return BlockMask.from_kv_blocks(
-        masked_count, masked_index, full_count, full_index, BLOCK_SIZE=plan.block_size, mask_mod=causal, seq_lengths=lengths
+        masked_count, masked_index, full_count, full_index, BLOCK_SIZE=size, mask_mod=visible, seq_lengths=lengths
     )
 
 

@@ -126,7 +126,8 @@ class ListPlan(BlockPlan):
         all_rows = list(lens.rows())
         n_heads = masks[0].shape[0]
         nq = max(r.query_blocks(block_size) for r in all_rows)
-        longest = max(int(m.sum(-1).max()) for m in masks)
+        # a sequence without queries has no rows
+        longest = max((int(m.sum(-1).max()) for m in masks if m.numel()), default=0)
         width = longest if capacity is None else capacity
         if longest > width:
             raise ValueError(f"a row lists {longest} key blocks, but the capacity is {width}")

@@ -34,8 +34,7 @@ def flex_index(
 
     q: (tokens, Hq, D) view, post-RoPE, the rows of sequence b given by `lens`; rows in gaps are never read. keys: the same sequences,
     cached prefix included; Hq a multiple of Hkv, query head h reads KV head h // (Hq / Hkv). scale, softcap: the layer's.
-    A sequence that the rule keeps whole (`gamma` 1, or too short) and a head whose attention is not finite keep every tile; an empty
-    sequence keeps none. Raises ValueError where shapes disagree, UnsupportedError for other than floating 16-, 32- or 64-bit tensors.
+    A sequence that the rule keeps whole (`gamma` 1, or too short) and a head whose attention is not finite keep every tile. Raises ValueError where shapes disagree, UnsupportedError for other than floating 16-, 32- or 64-bit tensors.
     """
     if impl == "triton":
         raise UnsupportedError("flex_index cannot run impl='triton'", ["no Triton executor is built yet; 'auto' runs on any device"])
@@ -80,7 +79,7 @@ class _Draft:
         return cls(torch.zeros(len(all_rows), q.shape[1], nk, dtype=torch.bool, device=q.device), nq, rule)
 
     def keep_all(self, rows: Rows) -> None:
-        self.vertical[rows.index, :, : rows.key_blocks(self._rule.block_size)] = rows.q_len > 0
+        self.vertical[rows.index, :, : rows.key_blocks(self._rule.block_size)] = True
 
     def add(self, rows: Rows, found: SequenceSelection) -> None:
         nk = found.vertical.shape[-1]

@@ -23,7 +23,7 @@ def select_sequence(q: Tensor, k: Tensor, rows: Rows, rule: SelectionRule, *, sc
     estimate = estimate_probe(probe.mean_query, probe.mean_keys, rows, rule, scale=scale, softcap=softcap)
     distance = js_distance(estimate, vertical_mass, is_guarded=not rule.is_published)
     is_query_aware = distance < rule.tau
-    is_finite = probe.column_mass.sum(-1).isfinite() & estimate.isfinite().all(-1)
+    is_finite = probe.column_mass.sum(-1).isfinite()
 
     vertical, vertical_tokens, vertical_blocks = select_lines(probe.column_mass, vertical_mass, is_query_aware, rule.sink_blocks, rule)
     slash, slash_tokens, slash_blocks = select_lines(probe.distance_mass, slash_mass, is_query_aware, rule.local_blocks, rule)

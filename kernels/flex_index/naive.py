@@ -130,7 +130,7 @@ def _select_head(
     vertical, n_vertical = lines(vertical_tokens, vertical_mass, rule.sink_blocks, is_query_aware, rule)
     slash, n_slash = lines(slash_tokens, slash_mass, rule.local_blocks, is_query_aware, rule)
     pooled = pooled_map(q, mean_keys, rows, b, scale, softcap)
-    is_finite = attention.isfinite().all() & estimate.isfinite().all() & (pooled.isfinite().all() | (not is_query_aware))
+    is_finite = attention.isfinite().all() & (pooled.isfinite().all() | (not is_query_aware))
     details: dict[str, Tensor | float | int | bool] = {
         "is_query_aware": is_query_aware,
         "distance": torch.tensor(distance, dtype=torch.float64),

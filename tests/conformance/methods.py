@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from accel.protocols import SparseAttention
+from accel.kernels.block_sparse import BlockPlan, ImplicitPlan, KeyView
+from accel.protocols import AttentionContext, AttentionStep, SparseAttention
 from accel.registry import method_class, method_names
+from torch import Tensor
 
 # By option name, for whichever method has the option: a new method needs no entry of its own unless it brings new words.
 SPARSE: dict[str, Any] = {
@@ -17,7 +19,7 @@ SPARSE: dict[str, Any] = {
     "min_budget": 16,
     "min_q": 1,
     "gamma": 0.4,
-    "density": 0.4,
+    "density": 0.6,
     "full_layers": "none",
 }
 KEEP_ALL: dict[str, Any] = {"gamma": 1.0, "density": 1.0, "window_blocks": 64}
@@ -68,3 +70,16 @@ def method_cases() -> list[MethodCase]:
 
 METHODS = method_cases()
 SPARSE_METHODS = [case for case in METHODS if case.is_ever_sparse]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryBlock(SparseAttention):
+    """Runs the sparse kernel over all blocks, in prefill and decode: whatever differs from the plain model is the host's or the kernel's."""
+
+    block_size: int = 16
+
+    def dense_reason(self, step: AttentionStep) -> str | None:
+        return None
+
+    def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> BlockPlan:
+        return ImplicitPlan.dense(self.block_size)

@@ -46,8 +46,8 @@ def _plan(method, q, k, *, lens=None, start=None, scale=None):
     [
         {"gamma": 0.0}, {"gamma": 1.1}, {"gamma": math.nan}, {"gamma": "0.9"}, {"tau": -0.1}, {"tau": 1.5}, {"tau": None},
         {"min_budget": -1}, {"min_budget": 0.5}, {"max_budget": 512}, {"max_budget": 0, "min_budget": 0}, {"block_size": 0},
-        {"block_size": 100}, {"block_size": 8}, {"block_size": 1024}, {"sink_blocks": -1}, {"local_blocks": 0}, {"min_q": 0}, {"coverage": "tokens"},
-        {"slash_pooling": "floor"}, {"qa_scope": "head"}, {"gqa_mode": "union"}, {"fidelity": "bugs"}, {"min_seq_len": -1},
+        {"block_size": 100}, {"block_size": 8}, {"block_size": 1024}, {"sink_blocks": -1}, {"local_blocks": 0}, {"min_q": 0},
+        {"coverage": "tokens"}, {"slash_pooling": "floor"}, {"qa_scope": "head"}, {"gqa_mode": "union"}, {"fidelity": "bugs"}, {"min_seq_len": -1},
     ],
     ids=lambda options: ",".join(f"{k}={v}" for k, v in options.items()),
 )  # fmt: skip

@@ -40,6 +40,13 @@ def test_forced_blocks_are_kept_and_nothing_lies_above_the_diagonal(
         assert found.plan.extra is None or not found.plan.extra[0, :, i, absolute + 1 :].any()
 
 
+@impls
+def test_forced_blocks_are_kept_beyond_the_maximum_budget(case, rule, impl):
+    plan = case.random(150, 150).index(rule(tau=0.0, min_budget=0, max_budget=16, sink_blocks=3, local_blocks=2), impl).plan
+    assert plan.vertical[0, 0].nonzero().flatten().tolist() == [0, 1, 2]
+    assert plan.slash[0, 0].nonzero().flatten().tolist() == [0, 1]
+
+
 @quick
 @given(sizes, seeds, sharpnesses, st.tuples(gammas, gammas).map(sorted), taus, st.sampled_from(["global", "row"]), st.booleans())
 def test_a_larger_gamma_only_adds_tiles(case, rule, size, seed, sharpness, both, tau, scope, is_reference):
@@ -129,6 +136,17 @@ def test_published_query_aware_sets_stop_short_of_gamma(case, rule):
     corrected, published = (one.index(rule(tau=1.0, fidelity=fidelity)).plan.extra for fidelity in ("corrected", "published"))
     assert (corrected.sum((-1, -2)) == published.sum((-1, -2)) + 1).all()
     assert not (published & ~corrected).any()
+
+
+@impls
+@pytest.mark.parametrize("scope", ["global", "row"])
+def test_a_gamma_beyond_rounding_lists_no_tile_above_the_diagonal(case, rule, scope, impl):
+    # the sum of the map rounds to less than gamma: everything is needed, empty tiles included (sparse-attention.md §2.9, item 10)
+    one = case.random(100, 120)
+    plan = one.index(rule(gamma=1 - 1e-15, tau=1.0, qa_scope=scope), impl).plan
+    first = one.rows.first_block(16)
+    assert all(not plan.extra[0, :, i, first + i + 1 :].any() for i in range(plan.extra.shape[2]))
+    assert plan.extra[0, :, -1, :].all()
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "softcap"])
@@ -269,7 +287,9 @@ def test_nan_in_a_query_before_the_probe_only_matters_to_query_aware_heads(case,
     one = case.random(100, 120)
     one.q[4] = torch.nan
     assert one.index(rule(tau=0.0), impl).is_finite.all()
-    assert not one.index(rule(tau=1.0), impl).is_finite.any()
+    aware = one.index(rule(tau=1.0, max_budget=32), impl)
+    assert not aware.is_finite.any()
+    assert aware.plan.density(one.lens, 2) == 1.0
 
 
 def test_a_query_aware_map_may_be_computed_a_few_heads_at_a_time(case, rule, monkeypatch):

@@ -1,0 +1,179 @@
+"""`accel bench`: time to first token, decoding, peak memory and the attention operator, beside both dense baselines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from accel.cli.measuring import (
+    choose_dtype,
+    describe_run,
+    finish_run,
+    merge_settings,
+    new_folder,
+    print_settings,
+    progress_bar,
+    settle_threads,
+)
+from accel.errors import OptionError
+
+if TYPE_CHECKING:
+    from accel.evals.latency import Variants
+    from accel.evals.models import LoadedModel
+
+HELP = "time to first token, decode, peak memory and the attention operator, against both dense baselines"
+
+DEFAULTS: dict[str, Any] = {
+    "model": "smollm2", "method": None, "recipe": None, "lengths": "4k,8k", "what": "operator,ttft,decode", "dtype": "auto", "device": "cpu",
+    "repeats": 5, "warmup": 1, "decode_steps": 16, "threads": None, "seed": 0, "out": None,
+}  # fmt: skip
+PARTS = ("operator", "ttft", "decode")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # no default here: a flag that was not given must not override the settings file
+    parser.add_argument("--model", help="an embedded model, a folder, or a hub id (default: smollm2)")
+    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help="repeatable (default: the model's recipe, or flexprefill)")
+    parser.add_argument("--recipe", help="a recipe file, measured as one more variant")
+    parser.add_argument("--lengths", help="prompt lengths, such as 4k,16k,64k (default: 4k,8k)")
+    parser.add_argument("--what", help="parts to run: operator, ttft (with peak memory), decode (default: all three)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
+    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--repeats", type=int, help="timed rounds, each over all variants in turn (default: 5)")
+    parser.add_argument("--warmup", type=int, help="rounds before, in which peak memory is measured (default: 1)")
+    parser.add_argument("--decode-steps", type=int, help="tokens per decoding pass (default: 16)")
+    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
+    parser.add_argument("--seed", type=int, help="of the prompts (default: 0)")
+    parser.add_argument("--out", help="folder for the results (default: runs/<date>-bench)")
+    parser.add_argument("--config", help="a YAML file with any of these settings; flags override it")
+    parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
+    parser.epilog = "example:\n  accel bench --model smollm2 --method flexprefill:min_budget=256 --method powerattention --lengths 4k,8k --what ttft"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures, prints the tables and writes the run folder. 0 when every part was measured for every method and length."""
+    settings = merge_settings(args, DEFAULTS)
+    settle_threads(settings["threads"])
+    variants, lengths, parts = _variants(settings), _lengths(settings), _parts(settings)
+    if args.dry_run:
+        print_settings(settings)
+        return 0
+    folder = new_folder("bench", settings["out"])
+    from accel.evals.models import load_model
+
+    dtype, reason = choose_dtype(settings["dtype"], settings["device"])
+    print(f"loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
+    loaded = load_model(settings["model"], dtype=dtype, device=settings["device"])
+    prompts = _prompts(loaded, lengths, settings["seed"]) if {"ttft", "decode"} & set(parts) else {}
+    notices = check_variants(loaded.model, variants)
+    result = {
+        **describe_run("bench", f"{loaded.name}: latency against both dense baselines", loaded, settings, dtype_reason=reason),
+        **measure(loaded, variants, prompts, parts, settings),
+        **({"operator": operator_rows(loaded.model, lengths, settings)} if "operator" in parts else {}),
+        "notices": notices,
+        "limits": ["Prompts are prose with four facts in it: text of another kind has another density, and so another speed."] if prompts else [],
+    }
+    print_result(result)
+    finish_run(folder, result)
+    return 0
+
+
+def measure(loaded: LoadedModel, variants: Variants, prompts: Mapping[int, Any], parts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the parts that run the model, and how memory was measured. prompts: ids (1, L) by length."""
+    from accel.evals.latency import count_passes, measure_decode, measure_ttft, memory_note
+
+    functions = {"ttft": measure_ttft, "decode": partial(measure_decode, steps=settings["decode_steps"])}
+    timed = [function for part, function in functions.items() if part in parts]
+    rounds = {"repeats": settings["repeats"], "warmup": settings["warmup"]}
+    rows = []
+    if timed:
+        with progress_bar(len(timed) * len(prompts) * count_passes(loaded.model, variants, **rounds)) as progress:
+            for function in timed:
+                for ids in prompts.values():
+                    rows += function(loaded.model, ids, variants, **rounds, progress=progress)
+    how = {"memory_how": memory_note(loaded.model)} if rows and settings["warmup"] else {}
+    return {"latency": [row.as_dict() for row in rows], **how}
+
+
+def check_variants(model: Any, variants: Variants) -> list[str]:
+    """Puts every variant on once and takes it off, so that one that cannot work fails before any measuring. Returns what users must know."""
+    import accel
+    from accel.evals.latency import quiet_notices
+
+    notices = []
+    for label, methods in variants.items():
+        with quiet_notices(), accel.apply(model, *methods) as handle:
+            notices += handle.notices
+            if handle.skipped_layers:
+                reasons = ", ".join(sorted(set(handle.skipped_layers.values())))
+                notices.append(f"{label}: {len(handle.skipped_layers)} layers stay as they are ({reasons})")
+    return list(dict.fromkeys(notices))
+
+
+def print_result(result: Mapping[str, Any]) -> None:
+    """The tables on stdout."""
+    from accel.cli.table import print_table
+    from accel.evals.report_sections import METRIC_TITLES, latency_table, operator_table
+
+    for metric, title in METRIC_TITLES.items():
+        rows = [row for row in result["latency"] if row["metric"] == metric]
+        if rows:
+            table = latency_table(rows)
+            print_table(table.headers, table.rows, title=title, text_columns=table.text_columns)
+    if result.get("operator"):
+        table = operator_table(result["operator"])
+        print_table(table.headers, table.rows, title="Attention operator alone", text_columns=table.text_columns)
+    for notice in result["notices"]:
+        print(notice)
+
+
+def _variants(settings: Mapping[str, Any]) -> Variants:
+    """Variants by label, from --method and --recipe; without either the model's own recipe, or FlexPrefill where it has none."""
+    from accel.cli.options import parse_method
+    from accel.evals.latency import describe_method
+    from accel.evals.models import embedded_recipe
+    from accel.recipe import Recipe
+    from accel.registry import build
+
+    given = settings["method"] or []
+    methods = [parse_method(text) for text in ([given] if isinstance(given, str) else given)]
+    variants = {describe_method(method): [method] for method in methods}
+    shipped = None if settings["method"] else embedded_recipe(settings["model"])
+    for path in (settings["recipe"], shipped if not settings["recipe"] else None):
+        if path:
+            recipe = Recipe.load(path)
+            variants[" + ".join(m.method_name() for m in recipe.methods) + " (recipe)"] = list(recipe.methods)
+    return variants or {"flexprefill": [build("flexprefill")]}
+
+
+def _lengths(settings: Mapping[str, Any]) -> list[int]:
+    from accel.cli.options import parse_length
+
+    given = settings["lengths"]
+    items = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
+    return sorted({parse_length(str(item)) for item in items})
+
+
+def _parts(settings: Mapping[str, Any]) -> list[str]:
+    given = settings["what"]
+    asked = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
+    if unknown := [part for part in asked if part not in PARTS]:
+        raise OptionError(f"--what knows {', '.join(PARTS)}; got {', '.join(unknown)}")
+    return asked
+
+
+def _prompts(loaded: LoadedModel, lengths: Sequence[int], seed: int) -> dict[int, Any]:
+    """Ids (1, L) by length: real text, since what a method selects depends on it."""
+    import torch
+
+    from accel.evals.tasks import load_task
+
+    limit = loaded.max_positions
+    if limit is not None and max(lengths) > limit:
+        raise OptionError(f"{loaded.name} has {limit} positions, asked for {max(lengths)} tokens; pass --lengths up to {limit}")
+    device = next(iter(loaded.model.parameters())).device
+    samples = {n: load_task("needle").samples(loaded.tokenizer, n, 1, seed)[0] for n in lengths}
+    return {n: torch.tensor([sample.input_ids], device=device) for n, sample in samples.items()}

@@ -1,0 +1,156 @@
+"""`accel inspect`: the layers of a model, what each method would patch and why not, and what its heads read."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel.cli.measuring import choose_dtype, describe_run, finish_run, new_folder, settle_threads
+from accel.errors import AccelError, OptionError
+
+if TYPE_CHECKING:
+    from accel.evals.models import LoadedModel
+    from accel.protocols import Method, ModelInfo
+
+HELP = "layers of a model, what each method would patch and why not, and which blocks its heads read"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="M", help="an embedded model (smollm2), a folder, or a hub id")
+    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help="show what its heads read in a prompt; repeatable")
+    parser.add_argument("--tokens", default="4k", help="length of the prompt (default: 4k)")
+    parser.add_argument("--prompt", type=Path, help="a text file as the prompt, cut to --tokens (default: prose of Python's help)")
+    parser.add_argument("--heads", type=int, default=3, help="block maps per method, from the sparsest head to the densest (default: 3)")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: what this machine is fast in")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
+    parser.add_argument("--out", help="folder for the report (default: runs/<date>-inspect)")
+    parser.epilog = "example:\n  accel inspect smollm2 --method flexprefill:gamma=0.9,min_seq_len=0 --tokens 2k"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the model and its layers, and writes a report with the block maps. 0 unless a method named by --method cannot be applied."""
+    settle_threads(args.threads)
+    from accel.cli.options import parse_length, parse_method
+    from accel.evals.models import load_model
+    from accel.patching import host_for
+
+    methods = [parse_method(text) for text in args.method or []]
+    n_tokens = parse_length(args.tokens)
+    folder = new_folder("inspect", args.out)
+    dtype, reason = choose_dtype(args.dtype, args.device)
+    loaded = load_model(args.model, dtype=dtype, device=args.device)
+    info = host_for(loaded.model).describe(loaded.model)
+    layers = [row for method in methods or registered() for row in layer_rows(loaded.model, method, info)]
+    settings = {key: value if not isinstance(value, Path) else str(value) for key, value in vars(args).items() if key not in ("run", "command")}
+    result = {
+        **describe_run("inspect", f"{loaded.name}: what can be patched, and what is read", loaded, settings, dtype_reason=reason),
+        "facts": facts(loaded, info),
+        "layers": layers,
+        "block_maps": [],
+        "notices": [],
+    }
+    if methods:
+        prompt = prompt_ids(loaded, n_tokens, args.prompt)
+        for method in methods:
+            map_heads(loaded, method, prompt, args.heads, result)
+    print_result(result)
+    finish_run(folder, result)
+    return 0
+
+
+def registered() -> list[Method]:
+    """Every registered method that runs with its defaults."""
+    from accel.registry import build, method_names
+
+    return [build(name) for name in method_names()]
+
+
+def facts(loaded: LoadedModel, info: ModelInfo) -> dict[str, str]:
+    """The model in a few lines."""
+    n_parameters = sum(p.numel() for p in loaded.model.parameters())
+    return {
+        "model": f"{loaded.name} ({info.family}, {type(loaded.model).__name__})",
+        "parameters": f"{n_parameters / 1e6:.1f} million, {info.dtype} on {info.device}",
+        "attention": f"{info.n_layers} layers, {info.n_heads} query and {info.n_kv_heads} key heads of {info.head_dim}, runs "
+        f"{getattr(loaded.model.config, '_attn_implementation', 'its own code')}",
+        "positions": str(info.max_positions or "not limited by the config"),
+        "vision": "yes: its tower is left alone" if info.has_vision else "no",
+    }
+
+
+def layer_rows(model: Any, method: Method, info: ModelInfo) -> list[dict[str, Any]]:
+    """One row per run of layers of the same kind and fate, found by applying the method and taking it off again."""
+    import accel
+    from accel.evals.latency import quiet_notices
+
+    try:
+        with quiet_notices(), accel.apply(model, method) as handle:
+            fate = {**dict.fromkeys(handle.patched_layers, ""), **handle.skipped_layers}
+    except AccelError as error:
+        return [{"method": method.method_name(), "layers": "all", "type": "–", "patched": False, "reason": " ".join(str(error).split())}]
+    groups: dict[tuple[str, str, bool], list[int]] = {}
+    for layer in range(info.n_layers):
+        kind = info.layer_types[layer].replace("_", " ") if layer < len(info.layer_types) else "unknown"
+        groups.setdefault((kind, fate.get(layer, "no attention that accel knows"), layer in handle.patched_layers), []).append(layer)
+    return [
+        {"method": method.method_name(), "layers": as_ranges(layers), "type": kind, "patched": is_patched, "reason": reason}
+        for (kind, reason, is_patched), layers in groups.items()
+    ]
+
+
+def as_ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] → "0–2, 5"; the numbers ascend."""
+    # numbers of one run share their distance to their rank
+    runs = [[n for _, n in run] for _, run in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def prompt_ids(loaded: LoadedModel, n_tokens: int, file: Path | None) -> Any:
+    """Token ids (1, n_tokens): the file's text, or prose with four facts in it. Raises OptionError where the model or the text is too short."""
+    import torch
+
+    from accel.evals.tasks import load_task
+
+    if loaded.max_positions is not None and n_tokens > loaded.max_positions:
+        raise OptionError(f"{loaded.name} has {loaded.max_positions} positions, asked for {n_tokens} tokens")
+    if file is None:
+        ids = list(load_task("needle").samples(loaded.tokenizer, n_tokens, 1, 0)[0].input_ids)
+    else:
+        ids = loaded.tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"][:n_tokens]
+        if len(ids) < n_tokens:
+            raise OptionError(f"{file} has {len(ids)} tokens, asked for {n_tokens}; pass --tokens {len(ids)}")
+    return torch.tensor([ids], device=next(iter(loaded.model.parameters())).device)
+
+
+def map_heads(loaded: LoadedModel, method: Method, prompt: Any, n_heads: int, result: dict[str, Any]) -> None:
+    """Adds the method's block maps to the result, or a notice that says why there are none."""
+    from accel.evals.block_maps import record_block_maps
+    from accel.evals.latency import describe_method
+
+    label = describe_method(method)
+    print(f"reading {prompt.shape[1]} tokens with {label}", file=sys.stderr)
+    found = record_block_maps(loaded.model, [method], prompt)
+    if found.calls:
+        result["block_maps"].append(found.as_dict(label, found.typical_heads(n_heads)))
+    else:
+        reasons = ", ".join(found.dense_calls) or "it plans no blocks"
+        result["notices"].append(f"{label} ran dense in every layer at {prompt.shape[1]} tokens: {reasons}. min_seq_len=0 makes it sparse.")
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Facts, layers and densities on stdout."""
+    from accel.cli.table import print_table
+    from accel.evals.report_sections import layer_table, maps_table
+
+    width = max(len(name) for name in result["facts"])
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in result["facts"].items()), end="\n\n")
+    tables: Sequence[Any] = [layer_table(result["layers"]), *([maps_table(result["block_maps"])] if result["block_maps"] else [])]
+    for table in tables:
+        print_table(table.headers, table.rows, text_columns=table.text_columns)
+    for notice in result["notices"]:
+        print(notice)

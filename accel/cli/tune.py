@@ -1,0 +1,171 @@
+"""`accel tune`: the length from which a sparse method pays here (`crossover`), or a search over a method's options. Both write a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel.cli.measuring import choose_dtype, merge_settings, print_settings, settle_threads
+from accel.errors import OptionError
+
+if TYPE_CHECKING:
+    from accel.evals.models import LoadedModel
+    from accel.protocols import Method
+
+HELP = "calibration: from which length a method pays here, or its best options; writes a recipe"
+
+CROSSOVER = "crossover"
+DEFAULTS: dict[str, Any] = {
+    "model": "smollm2", "method": "flexprefill", "lengths": "1k,2k,4k,8k", "objective": None, "data": None, "trials": None, "dtype": "auto",
+    "device": "cpu", "repeats": 5, "threads": None, "seed": 0, "out": None,
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # no default here: a flag that was not given must not override the settings file
+    parser.add_argument("what", nargs="?", metavar="WHAT", help="crossover, or METHOD[:OPTION=VALUE,…] to search its other options")
+    parser.add_argument("--model", help="an embedded model, a folder, or a hub id (default: smollm2)")
+    parser.add_argument("--method", metavar="NAME[:OPTION=VALUE,…]", help="crossover: the sparse method (default: flexprefill)")
+    parser.add_argument("--lengths", help="crossover: prompt lengths (default: 1k,2k,4k,8k)")
+    parser.add_argument("--repeats", type=int, help="crossover: timed rounds over all variants in turn (default: 5)")
+    parser.add_argument("--objective", help="search: what to optimise (default: the method's only objective)")
+    parser.add_argument("--data", help="search: the data the objective reads")
+    parser.add_argument("--trials", type=int, help="search: trials in all; the same call again goes on after a stop (default: 30)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
+    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
+    parser.add_argument("--seed", type=int, help="of the prompt or the search (default: 0)")
+    parser.add_argument("--out", help="crossover: the recipe file; search: the run folder (default: runs/tune-WHAT)")
+    parser.add_argument("--config", help="a YAML file with any of these settings; flags override it")
+    parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
+    parser.epilog = "example:\n  accel tune crossover --model smollm2 --method flexprefill:min_budget=256 --lengths 1k,2k,4k,8k --out recipe.yaml"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Lists what can be tuned, or measures and writes a recipe. 0 when that was done."""
+    settings = merge_settings(args, DEFAULTS)
+    if args.dry_run:
+        print_settings(settings)
+        return 0
+    if args.what is None:
+        return _list_all()
+    settle_threads(settings["threads"])
+    if args.what == CROSSOVER:
+        return _crossover(settings)
+    from accel.cli.options import parse_method
+
+    method = parse_method(args.what)
+    if settings["trials"] is None and settings["data"] is None and settings["objective"] is None:
+        return _list_one(method.method_name())
+    return _search(method, settings)
+
+
+def _list_all() -> int:
+    from accel.registry import method_names
+
+    print("crossover: from which length a sparse-attention method is faster than the best dense attention on this machine\n")
+    for name in method_names():
+        _list_one(name)
+    return 0
+
+
+def _list_one(name: str) -> int:
+    """The options of one method that can be searched, and what for."""
+    from accel.registry import method_class
+    from accel.tune import tunable_options
+
+    options, objectives = tunable_options(name), list(method_class(name).objectives())
+    print("\n".join([f"{name}: {'options to search' if options else 'nothing to search'}", *(f"  {line}" for line in options)]))
+    if options:
+        print(f"  objectives: {', '.join(objectives) or 'none yet; `accel tune crossover` measures from which length a sparse method pays'}")
+    return 0
+
+
+def _crossover(settings: Mapping[str, Any]) -> int:
+    """Measures, prints the table, writes the recipe and this machine's crossover file."""
+    from accel.cli.options import parse_length, parse_method
+    from accel.crossover import NEVER_TOKENS, crossover_key, record_crossover
+    from accel.patching import host_for
+    from accel.protocols import SparseAttention
+    from accel.tune_crossover import crossover_recipe, measure_crossover
+
+    method = parse_method(settings["method"])
+    if not isinstance(method, SparseAttention):
+        raise OptionError(f"a crossover is measured for sparse attention; {method.method_name()} is of kind {method.kind}")
+    given = settings["lengths"]
+    lengths = [parse_length(str(item)) for item in (given.split(",") if isinstance(given, str) else given)]
+    path = _new_file(settings["out"] or f"runs/crossover-{method.method_name()}.yaml")
+    loaded = _load(settings)
+    info = host_for(loaded.model).describe(loaded.model)
+    times = measure_crossover(loaded.model, _prompt(loaded, max(lengths), settings["seed"]), method, lengths, repeats=settings["repeats"])
+    _print_times(times)
+    recipe = crossover_recipe(method, times, where=f"{loaded.name}, {info.device}, {info.dtype}")
+    print(recipe.note)
+    print(f"wrote {recipe.save(path)}")
+    tokens = recipe.methods[0].options()["min_seq_len"]
+    key = crossover_key(method.method_name(), device=info.device, dtype=info.dtype, head_dim=info.head_dim)
+    file = record_crossover(key, tokens)
+    print(f"recorded {key}: {'never' if tokens == NEVER_TOKENS else tokens} in {file}; methods with min_seq_len=None use it from now on")
+    return 0
+
+
+def _search(method: Method, settings: Mapping[str, Any]) -> int:
+    """Runs or resumes a search. Options given with the method's name stay as they are."""
+    from accel.tune import objective_named, tune
+
+    name = method.method_name()
+    objective = objective_named(name, settings["objective"])
+    loaded = _load(settings)
+    about = {"model": loaded.name, "dtype": str(loaded.model.dtype), "data": str(settings["data"])}
+    result = tune(
+        name, objective, model=loaded.model, data=settings["data"], trials=settings["trials"] or 30, fixed=method.changed_options(), about=about,
+        seed=settings["seed"], folder=Path(settings["out"] or f"runs/tune-{name}"),
+    )  # fmt: skip
+    default = "outside the search" if result.default_score is None else f"{result.default_score:.6g}"
+    print(f"{objective.name}: {result.score:.6g} (defaults: {default}); {result.n_done} trials, {result.n_failed} failed")
+    print(f"wrote {result.recipe}")
+    return 0
+
+
+def _load(settings: Mapping[str, Any]) -> LoadedModel:
+    from accel.evals.models import load_model
+
+    dtype, reason = choose_dtype(settings["dtype"], settings["device"])
+    print(f"loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
+    return load_model(settings["model"], dtype=dtype, device=settings["device"])
+
+
+def _prompt(loaded: LoadedModel, n_tokens: int, seed: int) -> Any:
+    """Ids (1, n_tokens) of real text, as `accel bench` uses it: what a method selects depends on it."""
+    import torch
+
+    from accel.evals.tasks import load_task
+
+    if loaded.max_positions is not None and n_tokens > loaded.max_positions:
+        raise OptionError(f"{loaded.name} has {loaded.max_positions} positions, asked for {n_tokens} tokens; pass --lengths up to that")
+    sample = load_task("needle").samples(loaded.tokenizer, n_tokens, 1, seed)[0]
+    return torch.tensor([sample.input_ids], device=loaded.model.device)
+
+
+def _new_file(name: str) -> Path:
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise OptionError(f"--out must be a .yaml or .json file, got {name}")
+    if path.exists():
+        raise OptionError(f"{path} exists already: choose another with --out")
+    return path
+
+
+def _print_times(times: list[Any]) -> None:
+    from accel.cli.table import print_table
+
+    labels = list(times[0].ms)
+    headers = ["tokens", *(f"{label} ms" for label in labels), *(f"× {base}" for base in times[0].speedup), "× best dense"]
+    rows = [
+        [str(row.tokens), *(f"{row.ms[label]:.0f}" for label in labels), *(f"{x:.2f}" for x in row.speedup.values()), f"{row.against_best_dense:.2f}"]
+        for row in times
+    ]
+    print_table(headers, rows, title="Time to first token, sparse from the first token on", text_columns=())

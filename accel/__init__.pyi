@@ -5,7 +5,11 @@ from accel.errors import OptionError as OptionError
 from accel.errors import PatchError as PatchError
 from accel.errors import UnsupportedError as UnsupportedError
 from accel.handle import Handle as Handle
+from accel.patches.dense import Dense as Dense
 from accel.patches.flexprefill import FlexPrefill as FlexPrefill
+from accel.patches.powerattention import PowerAttention as PowerAttention
+from accel.patches.random_blocks import RandomBlocks as RandomBlocks
+from accel.patches.streaming import Streaming as Streaming
 from accel.patching import apply as apply
 from accel.protocols import Method as Method
 from accel.recipe import Recipe as Recipe

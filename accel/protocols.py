@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from accel.errors import OptionError
@@ -31,6 +31,8 @@ class ModelInfo:
     dtype: str                              # "float32", "bfloat16", …
     max_positions: int | None = None
     has_vision: bool = False
+    hidden_size: int | None = None
+    scale_shapes: tuple[tuple[int, int], ...] | None = None     # height and width of every scale; next-scale models only
     fingerprint: Callable[[], str] | None = None    # identifies the weights; for calibration files made for one model
 
 
@@ -76,12 +78,12 @@ class Method(ABC):
         return cls.__module__.rsplit(".", 1)[-1]
 
     def options(self) -> dict[str, Any]:
-        """Every option with its value, ready for a recipe."""
-        return asdict(self)
+        """Every option with its value, ready for a recipe. What `bind` loaded (fields with `init=False`) is no option."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
 
     def changed_options(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init and getattr(self, f.name) != f.default}
 
     def supports(self, model: ModelInfo, host: str, others: Sequence[Method]) -> list[str]:
         """Reasons why this method cannot work on `model` in `host` next to `others`; empty when it can."""
@@ -209,7 +211,6 @@ class SparseAttention(Method):
 # --- token pruning ------------------------------------------------------------------------------------------------------------
 
 Boundary = Literal["encoder", "projector", "layer"]
-Observation = Literal["cls_row", "mean_received", "mean_selected_rows", "raw_pixels", "text_hidden"]
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Unit:
-    """One image, tile, frame or video of one sequence: its tokens and their grid."""
+    """One image, tile, frame or video of one sequence: its tokens and their grid.
+
+    n_tokens: patch tokens, height · width · frames. n_structural: tokens of the same span that carry no patch (row-end newlines, the CLS
+    row of a frame); they are counted apart and never ranked.
+    """
 
     sequence: int
     n_tokens: int
@@ -231,23 +236,48 @@ class Unit:
     width: int
     frames: int = 1
     modality: Literal["image", "video"] = "image"
+    n_structural: int = 0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a host records while the encoder runs, handed over in `PruningContext.observed` under `what`.
+
+    Shapes, with U units and P the most patches of one (zeros behind shorter ones), fp32 and averaged over heads:
+    cls_row, mean_received: (U, P), the attention of the CLS query, or the mean over the patches of the unit.
+    mean_selected_rows: (U, P), the mean over the rows that `TokenPruning.select_rows` picks.
+    raw_pixels: (U, P, pixels) uint8, grey, as before normalisation. Maps are pooled to tokens the way the features are.
+    layer: the encoder layer that scores; None for the one whose output is the feature. head_reduce: how heads are joined.
+    max_queries: upper bound of the rows that a mean is taken over; evenly spread.
+    """
+
+    what: Literal["cls_row", "mean_received", "mean_selected_rows", "raw_pixels"]
+    layer: int | None = None
+    head_reduce: Literal["mean", "max"] = "mean"
+    max_queries: int | None = None
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Recycled rows: row `source` is added to row `anchor` with `weight`, and the sum takes the anchor's place, index and score."""
+    """Recycled rows. The row at `anchor` becomes Σ weight · row[source] over all entries that name it, and keeps its index and score.
 
-    anchor: Tensor          # (B, m) int64
-    source: Tensor          # (B, m) int64
-    weight: Tensor          # (B, m) fp32
+    An anchor's old value counts only where it is among its own sources. Leading dimensions are those of the index beside it: (B, m) for
+    tokens, (B, heads, m) for cache entries. Anchors are kept entries; sources are counted before anything is dropped.
+    """
+
+    anchor: Tensor          # (..., m) int64
+    source: Tensor          # (..., m) int64
+    weight: Tensor          # (..., m) fp32; 0 pads
 
 
 @dataclass(frozen=True)
 class Keep:
     """Answer of a pruning stage: the tokens that stay.
 
-    index: (B, n) int64 ascending, the grid index of the kept tokens; ok: (B, n) bool, False pads rows that keep fewer.
-    hidden: (B, tokens) bool, columns masked though not dropped (ragged exits). scores: (B, n) fp32, kept for later stages.
+    index: (B, n) int64 ascending, places in `PruningContext.features` of the visual and structural tokens that stay; text stays without
+    being listed. ok: (B, n) bool, False pads rows that keep fewer.
+    hidden: (B, tokens) bool, columns masked from every other token though not dropped (ragged exits), in this and all later layers.
+    scores: (B, n) fp32; the host hands those of the survivors to the next stage.
     """
 
     index: Tensor
@@ -259,14 +289,26 @@ class Keep:
 
 @dataclass(frozen=True)
 class PruningContext:
-    """What a pruning stage sees. `observed` holds what `observe()` asked for, by name; `state` is one dict per batch of sequences."""
+    """What a pruning stage sees, once per prompt; decoding steps are never asked. B sequences, padding is in none of the three masks.
+
+    features: the visual features behind encoder and projector, the hidden states before a decoder layer.
+    unit: the `units` entry of each token. place: (map, row, column); maps are numbered per sequence, so that an overview tile and the
+    mosaic of local tiles of one image are two maps. Both −1 for text and padding.
+    state: one dict per batch of sequences, from the encoder to the last layer; tensors in it have the sequences first, and are repeated and
+    reordered with the cache.
+    """
 
     stage: Stage
     units: Sequence[Unit]
     features: Tensor                        # (B, tokens, D) at this boundary
-    is_visual: Tensor                       # (B, tokens) bool
-    observed: Mapping[str, Tensor]
+    is_visual: Tensor                       # (B, tokens) bool, patch tokens
+    is_structural: Tensor                   # (B, tokens) bool
+    is_text: Tensor                         # (B, tokens) bool
+    unit: Tensor                            # (B, tokens) int64
+    place: Tensor                           # (B, tokens, 3) int64
+    observed: Mapping[str, Tensor]          # by `Observation.what`
     state: MutableMapping[str, Any]
+    scores: Tensor | None = None            # (B, tokens) fp32, from the last stage that gave any
     position_ids: Tensor | None = None      # what RoPE was given; never the grid index
 
 
@@ -280,13 +322,20 @@ class TokenPruning(Method):
     def stages(self, model: ModelInfo) -> list[Stage]:
         """The boundaries at which `keep` is asked, in order."""
 
-    def count(self, units: Sequence[Unit]) -> list[int] | None:
-        """Tokens kept of each unit, from shapes alone, for hosts that fix counts before the encoder runs. None: only `keep` knows."""
+    def count(self, stage: Stage, units: Sequence[Unit]) -> list[int] | None:
+        """Tokens of each unit left after `stage`, structural ones included, from shapes alone: for hosts that fix counts before anything runs.
+
+        `units` are those of the prompt, whatever earlier stages dropped. None: only `keep` knows.
+        """
         return None
 
-    def observe(self) -> frozenset[Observation]:
+    def observe(self) -> Sequence[Observation]:
         """What the host must record for `keep`."""
-        return frozenset()
+        return ()
+
+    def select_rows(self, mean_received: Tensor) -> Tensor:
+        """The rows whose mean becomes `mean_selected_rows`: (U, P) fp32 -> (U, P) bool, at least one row per unit."""
+        raise NotImplementedError(f"{self.method_name()} observes mean_selected_rows without saying which rows")
 
     @abstractmethod
     def keep(self, ctx: PruningContext) -> Keep | None:
@@ -314,34 +363,60 @@ class HeadGroup:
 
 
 @dataclass(frozen=True)
-class CompressionContext:
-    """What a cache method sees at one layer. Optional entries are filled where the host has them.
+class CacheNeeds:
+    """What a host keeps for `select` beside the cache itself.
 
-    q: (B, Hq, L, D) of this step or scale; k, v: (B, Hkv, N, D). attention_mass: (B, Hkv, N) fp32, received so far.
-    scale_sizes: tokens per scale so far (next-scale models); entry_scale: (B, N) int64, the scale of each cache entry.
-    position: (B, N) int64, the logical position of each entry.
+    n_queries: how many of the last queries `CompressionContext.q` holds where a step brings fewer; hosts keep a ring of them while decoding.
+    """
+
+    n_queries: int = 0
+    attention_mass: bool = False
+
+
+@dataclass(frozen=True)
+class CompressionContext:
+    """What a cache method sees of one head group at one layer. Optional entries are filled where the host has them.
+
+    Tensors hold the H heads of the group in its order, because groups keep different numbers of entries; N entries, G query heads per head.
+    q: (B, H·G, L, D), of this step or scale, or the last `CacheNeeds.n_queries`; q_position: (B, L) int64. k, v: (B, H, N, D), of which the
+    newest are this step's where `when` says before attention.
+    position: (B, H, N) int64, the logical position of each entry; heads differ after the first eviction.
+    valid: (B, H, N) bool, False for padding.
+    scale_shapes: height and width of every scale of a next-scale model; `step` counts scales there, decoding steps elsewhere.
+    state: one dict per (sequence batch, layer), repeated and reordered with the cache; shared by the groups of the layer.
     """
 
     layer: int
+    step: int
     q: Tensor
     k: Tensor
     v: Tensor
-    step: int
+    scale: float                            # the layer's own softmax scale
     position: Tensor
-    attention_mass: Tensor | None = None
-    scale_sizes: tuple[int, ...] | None = None
-    entry_scale: Tensor | None = None
-    protected: Tensor | None = None         # (B, N) bool, entries that must stay (text beside visual tokens)
+    valid: Tensor
+    q_position: Tensor
+    softcap: float | None = None
+    attention_mass: Tensor | None = None    # (B, H, N) fp32, received so far
+    scale_shapes: tuple[tuple[int, int], ...] | None = None
+    entry_scale: Tensor | None = None       # (B, H, N) int64, the scale of each entry
+    protected: Tensor | None = None         # (B, N_prompt) bool by position: text beside visual tokens, marked prefixes
+    has_guidance_pairs: bool = False        # rows b and b + B/2 are the conditional and the unconditional half of one image
     state: MutableMapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Retain:
-    """Entries that stay: `cache_index` (B, heads, n) int64 ascending. `attend_index`, where attention may read fewer or more."""
+    """Entries that stay: `cache_index` (B, H, n) int64 ascending, places among the N entries.
+
+    ok: (B, H, n) bool, False pads sequences that have fewer. attend_index: (B, H, m), what this step's attention reads where that is not
+    what stays. renorm_keys: whether merged keys are brought back to unit length.
+    """
 
     cache_index: Tensor
+    ok: Tensor | None = None
     attend_index: Tensor | None = None
     merge: Merge | None = None
+    renorm_keys: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,17 +427,24 @@ class KVCompression(Method):
 
     @property
     @abstractmethod
-    def when(self) -> When:
-        """When `select` is asked."""
+    def when(self) -> tuple[When, ...]:
+        """The moments at which `select` is asked."""
+
+    def needs(self) -> CacheNeeds:
+        """What the host must record for `select`."""
+        return CacheNeeds()
 
     @abstractmethod
-    def groups(self, model: ModelInfo, layer: int, n_entries: int) -> list[HeadGroup]:
-        """Integer budgets of one layer that holds `n_entries`, every KV head in exactly one group."""
+    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int) -> list[HeadGroup]:
+        """Integer budgets of one layer that holds `n_entries` tokens of the prompt or the scales so far, every KV head in exactly one group.
+
+        The heads of the groups never change during a request, the budgets may.
+        """
 
     @abstractmethod
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
-        """The entries of this group that stay; as many as its budget."""
+        """The entries of this group that stay; as many as its budget. Asked only where there are more."""
 
-    def release(self, layer: int) -> bool:
-        """Whether the layer's cache can be freed after the present step (last scale)."""
+    def release(self, model: ModelInfo, layer: int, *, step: int) -> bool:
+        """Whether the layer's cache can be freed after this step (last scale)."""
         return False

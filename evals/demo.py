@@ -16,7 +16,7 @@ import torch
 
 import accel
 from accel.evals.block_maps import HeadMaps
-from accel.evals.latency import LatencyRow, Pass, baselines, quiet_notices, rows_from_passes
+from accel.evals.latency import LatencyRow, Pass, baselines, last_logits_only, quiet_notices, rows_from_passes, timed_pass
 from accel.evals.models import LoadedModel
 from accel.evals.scoring import Scored, score
 from accel.evals.tasks import Sample, load_task
@@ -82,7 +82,7 @@ def run_demo(
             base = baselines(loaded.model)
             measured = Measured(case, sample, {**base, type(method).__name__: [method]}, list(base))
             if not done:
-                _warm_up(loaded, measured.variants, seed)
+                _warm_up(loaded.model, measured)
             _round(loaded, measured, progress)
             # where the method itself ran dense, the controls do so as well, and their density is only what they would have kept
             density = measured.passes[type(method).__name__][0].density or density or 0.5
@@ -154,8 +154,9 @@ def _scored_pass(loaded: LoadedModel, sample: Sample, methods: Sequence[Method])
     return done, scored, maps
 
 
-def _warm_up(loaded: LoadedModel, variants: Mapping[str, Sequence[Method]], seed: int) -> None:
-    """First-use costs (probes, compiled primitives, thread pools) on a short prompt, sparse on purpose, outside every timing."""
-    [sample] = load_task("needle").samples(loaded.tokenizer, WARM_UP_TOKENS, 1, seed)
-    for methods in variants.values():
-        _scored_pass(loaded, sample, [replace(m, min_seq_len=0) if isinstance(m, SparseAttention) else m for m in methods])
+def _warm_up(model: Any, measured: Measured) -> None:
+    """First-use costs (probes, compiled primitives, thread pools) on the start of the prompt, sparse on purpose, outside every timing."""
+    ids = torch.tensor([measured.sample.input_ids[:WARM_UP_TOKENS]], device=next(iter(model.parameters())).device)
+    for methods in measured.variants.values():
+        sparse = [replace(m, min_seq_len=0) if isinstance(m, SparseAttention) else m for m in methods]
+        timed_pass(model, sparse, lambda: model(input_ids=ids, use_cache=False, **last_logits_only(model)))

@@ -27,7 +27,7 @@ from accel.protocols import KVCompression, Method
 from accel.registry import build
 
 Variants = Mapping[str, Sequence[Method]]
-Progress = Callable[[str], None]
+Progress = Callable[[str], None]       # told what begins now
 
 GEMM = "dense (gemm)"
 BELOW_CROSSOVER = "dense: below crossover"
@@ -199,9 +199,11 @@ def dense_note(done: Pass) -> str:
     n_dense = sum(done.dense_calls.values())
     if not n_dense:
         return ""
-    reason = max(done.dense_calls, key=lambda r: done.dense_calls[r])
+    # layers that are always dense say nothing about why the others were
+    reason = max(done.dense_calls, key=lambda r: (r != "dense layer", done.dense_calls[r]))
     if not done.sparse_calls:
-        return BELOW_CROSSOVER if reason.startswith("shorter than") else f"dense: {reason}"
+        is_short = any(r.startswith("shorter than") for r in done.dense_calls)
+        return BELOW_CROSSOVER if is_short else f"dense: {reason}"
     return f"{n_dense} of {n_dense + done.sparse_calls} calls dense ({reason})"
 
 
@@ -278,6 +280,8 @@ def _measure(
             if i_round > rounds.warmup and rounds.budget_s is not None and time.perf_counter() - start > rounds.budget_s:
                 break
             for label, methods in everything.items():
+                if rounds.progress:
+                    rounds.progress(f"{label}, {tokens} tokens")
                 gc.collect()
                 if i_round < rounds.warmup:
                     with track_peak(_device(model)) as peak:
@@ -285,8 +289,6 @@ def _measure(
                     peaks[label] = max(peaks.get(label) or 0, peak.peak_bytes or 0)
                 else:
                     passes[label].append(one_pass(methods))
-                if rounds.progress:
-                    rounds.progress(f"{label}, {tokens} tokens")
     return rows_from_passes(metric, tokens, everything, list(base), passes, peaks)
 
 

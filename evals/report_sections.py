@@ -44,12 +44,12 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
         *([_facts_section(result["facts"])] if result.get("facts") else []),
         *_accuracy_sections(result),
         *(_latency_section(metric, result["latency"]) for metric in METRIC_TITLES if _with_metric(result, metric)),
-        *([_operator_section(result["operator"])] if result.get("operator") else []),
+        *([_operator_section(result)] if result.get("operator") else []),
         *([_maps_section(result["block_maps"])] if result.get("block_maps") else []),
         *([Section("layers", "Layers", tables=[layer_table(result["layers"])])] if result.get("layers") else []),
     ]
     limits = [*result.get("limits", []), *_standing_limits(result)]
-    return [*built, Section("limits", "What this run cannot claim", bullets=limits)]
+    return [*built, *([Section("limits", "What this run cannot claim", bullets=limits)] if limits else [])]
 
 
 # --- accuracy -----------------------------------------------------------------------------------------------------------------
@@ -154,11 +154,22 @@ def _with_metric(result: Mapping[str, Any], metric: str) -> bool:
 
 
 def operator_table(rows: Sequence[Row]) -> Table:
-    """The attention operator alone: whatever columns the operator benchmark returns, in its order."""
-    headers = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [[_plain_cell(row.get(key)) for key in headers] for row in rows]
-    texts = tuple(i for i, key in enumerate(headers) if any(isinstance(row.get(key), str) for row in rows))
-    return Table([h.replace("_", " ") for h in headers], cells, text_columns=texts)
+    """The attention operator alone. rows: as `operator_bench.operator_table` returns them."""
+    headers = ["tokens", "density", "sparse", "p20–p80", "of dense (sdpa)", "of dense (gemm)", "dense (sdpa)", "dense (gemm)", "plan", "paths"]
+    cells = [
+        [short_length(r["tokens"]), number(r["true_density"], 3), milliseconds(r["sparse_ms"]),
+         f"{milliseconds(r['sparse_p20_ms'])} – {milliseconds(r['sparse_p80_ms'])}", number(r["to_sdpa"], 3), number(r["to_dense"], 3),
+         milliseconds(r["sdpa_ms"]), milliseconds(r["dense_ms"]), milliseconds(r["plan_ms"]), f"{r['path']}; {r['dense_path']}"]
+        for r in rows
+    ]  # fmt: skip
+    return Table(
+        headers,
+        cells,
+        text_columns=(len(headers) - 1,),
+        group_starts=_changes([r["tokens"] for r in rows]),
+        caption="Of dense: the sparse operator's time as a share of that baseline's, the median of the ratios round by round; below 1 is faster. "
+        "Plan: building the gather lists, part of the time. Paths: what the sparse and our dense operator run on this machine.",
+    )
 
 
 def layer_table(layers: Sequence[Row]) -> Table:
@@ -167,8 +178,9 @@ def layer_table(layers: Sequence[Row]) -> Table:
     return Table(["method", "layers", "attention", "patched", "why not"], rows, text_columns=(0, 1, 2, 3, 4))
 
 
-def _operator_section(rows: Sequence[Row]) -> Section:
-    return Section("operator", "Attention operator alone", tables=[operator_table(rows)])
+def _operator_section(result: Mapping[str, Any]) -> Section:
+    about = result.get("operator_about")
+    return Section("operator", "Attention operator alone", paragraphs=[about] if about else [], tables=[operator_table(result["operator"])])
 
 
 def _facts_section(facts: Mapping[str, str]) -> Section:
@@ -211,6 +223,8 @@ def _standing_limits(result: Mapping[str, Any]) -> list[str]:
             )
     if how := result.get("memory_how"):
         found.append(f"Peak memory is {how}, without weights and whatever an earlier pass had already allocated for good.")
+    if result.get("block_maps"):
+        found.append("Block maps show one prompt: another text is read differently by methods that look at it.")
     if result.get("scores"):
         found.append("Scores come from few samples and one seed: differences within two standard errors are noise, in either direction.")
     return found
@@ -229,7 +243,8 @@ def milliseconds(value: float | None) -> str:
 
 
 def _span(ms: Row) -> str:
-    return f"{milliseconds(ms['p20'])} – {milliseconds(ms['p80'])}"
+    # the spread of a single run is no spread
+    return "–" if ms["n"] == 1 else f"{milliseconds(ms['p20'])} – {milliseconds(ms['p80'])}"
 
 
 def ratio(value: float | None) -> str:
@@ -256,9 +271,3 @@ def score_cell(score: Row) -> str:
 def _changes(keys: Sequence[Any]) -> frozenset[int]:
     """Rows whose key differs from that of the row above."""
     return frozenset(i for i in range(1, len(keys)) if keys[i] != keys[i - 1])
-
-
-def _plain_cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

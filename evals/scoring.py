@@ -34,9 +34,9 @@ def score(model: Any, tokenizer: Any, sample: Sample, *, on_prefill: Callable[[]
     Samples without `n_prompt`: one forward over prompt and answers. Samples with: the prompt is prefilled alone, so that nothing of the answer
     can reach a method that looks at the last queries; then its tokens are scored one by one, and the model writes its own reply greedily.
     """
+    scorer = _teacher_forced if sample.n_prompt is None else _generated
     with torch.no_grad():
-        scored = _teacher_forced(model, tokenizer, sample, on_prefill) if sample.n_prompt is None else _generated(model, tokenizer, sample, on_prefill)
-    return scored
+        return scorer(model, tokenizer, sample, on_prefill)
 
 
 def _teacher_forced(model: Any, tokenizer: Any, sample: Sample, on_prefill: Callable[[], None] | None) -> Scored:

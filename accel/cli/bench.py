@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +19,29 @@ from accel.cli.measuring import (
     progress_bar,
     settle_threads,
 )
+from accel.cli.options import parse_length, read_variants
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
-    from accel.evals.latency import Variants
+    from accel.evals.latency import LatencyRow, Variants
     from accel.evals.models import LoadedModel
 
 HELP = "time to first token, decode, peak memory and the attention operator, against both dense baselines"
 
 DEFAULTS: dict[str, Any] = {
     "model": "smollm2", "method": None, "recipe": None, "lengths": "4k,8k", "what": "operator,ttft,decode", "dtype": "auto", "device": "cpu",
-    "repeats": 5, "warmup": 1, "decode_steps": 16, "threads": None, "seed": 0, "out": None,
+    "repeats": 5, "warmup": 1, "decode_steps": 16, "heads": "8,2", "head_dim": 128, "densities": "0.25,0.1,0.05", "threads": None, "seed": 0, "out": None,
 }  # fmt: skip
 PARTS = ("operator", "ttft", "decode")
+
+
+@dataclass(frozen=True)
+class OperatorShape:
+    """What the operator part measures: query and key heads, their size, and the shares of the causal blocks that are read."""
+
+    heads: tuple[int, int]
+    head_dim: int
+    densities: list[float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, help="timed rounds, each over all variants in turn (default: 5)")
     parser.add_argument("--warmup", type=int, help="rounds before, in which peak memory is measured (default: 1)")
     parser.add_argument("--decode-steps", type=int, help="tokens per decoding pass (default: 16)")
+    parser.add_argument("--heads", help="operator: query and key heads (default: 8,2)")
+    parser.add_argument("--head-dim", type=int, help="operator: size of a head (default: 128)")
+    parser.add_argument("--densities", help="operator: shares of the causal blocks (default: 0.25,0.1,0.05)")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
     parser.add_argument("--seed", type=int, help="of the prompts (default: 0)")
     parser.add_argument("--out", help="folder for the results (default: runs/<date>-bench)")
@@ -57,38 +71,58 @@ def main(args: argparse.Namespace) -> int:
     """Measures, prints the tables and writes the run folder. 0 when every part was measured for every method and length."""
     settings = merge_settings(args, DEFAULTS)
     settle_threads(settings["threads"])
-    variants, lengths, parts = _variants(settings), _lengths(settings), _parts(settings)
+    variants, lengths, parts = read_variants(settings), _lengths(settings), _parts(settings)
+    shape = _operator_shape(settings)
     if args.dry_run:
         print_settings(settings)
         return 0
     folder = new_folder("bench", settings["out"])
-    from accel.evals.models import load_model
-
     dtype, reason = choose_dtype(settings["dtype"], settings["device"])
-    print(f"loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
-    loaded = load_model(settings["model"], dtype=dtype, device=settings["device"])
-    prompts = _prompts(loaded, lengths, settings["seed"]) if {"ttft", "decode"} & set(parts) else {}
-    notices = check_variants(loaded.model, variants)
-    result = {
-        **describe_run("bench", f"{loaded.name}: latency against both dense baselines", loaded, settings, dtype_reason=reason),
-        **measure(loaded, variants, prompts, parts, settings),
-        **({"operator": operator_rows(loaded.model, lengths, settings)} if "operator" in parts else {}),
-        "notices": notices,
-        "limits": ["Prompts are prose with four facts in it: text of another kind has another density, and so another speed."] if prompts else [],
-    }
+    result: dict[str, Any] = {"latency": [], "notices": [], "limits": []}
+    if set(parts) & {"ttft", "decode"}:
+        loaded = _load(settings, dtype, reason)
+        result |= describe_run("bench", f"{loaded.name}: latency against both dense baselines", loaded, settings, dtype_reason=reason)
+        prompts = _prompts(loaded, lengths, settings["seed"])
+        result["notices"] = check_variants(loaded.model, variants)
+        result["limits"] = ["Prompts are prose with four facts in it: text of another kind has another density, and so another speed."]
+        result |= measure(loaded, variants, prompts, parts, settings)
+    else:
+        result |= describe_run("bench", "The attention operator against both dense baselines", None, settings, dtype_reason=reason)
+    if "operator" in parts:
+        result |= measure_operator(lengths, shape, dtype, settings)
     print_result(result)
     finish_run(folder, result)
     return 0
+
+
+def measure_operator(lengths: Sequence[int], shape: OperatorShape, dtype: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the attention operator alone, on random inputs, and what was measured in a line."""
+    from accel.evals.models import torch_dtype
+    from accel.evals.operator_bench import operator_table
+
+    rows = []
+    with progress_bar(len(lengths)) as progress:
+        for n_tokens in lengths:
+            progress(f"operator, {n_tokens} tokens")
+            rows += operator_table(
+                [n_tokens], shape.densities, heads=shape.heads, head_dim=shape.head_dim, dtype=torch_dtype(dtype),
+                repeats=settings["repeats"], seed=settings["seed"],
+            )  # fmt: skip
+    about = f"{dtype}, {shape.heads[0]} query and {shape.heads[1]} key heads of {shape.head_dim}, batch 1, random blocks of 128, sink and own block kept"
+    return {"operator": rows, "operator_about": about}
 
 
 def measure(loaded: LoadedModel, variants: Variants, prompts: Mapping[int, Any], parts: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Rows of the parts that run the model, and how memory was measured. prompts: ids (1, L) by length."""
     from accel.evals.latency import count_passes, measure_decode, measure_ttft, memory_note
 
-    functions = {"ttft": measure_ttft, "decode": partial(measure_decode, steps=settings["decode_steps"])}
+    functions: dict[str, Callable[..., list[LatencyRow]]] = {
+        "ttft": measure_ttft,
+        "decode": partial(measure_decode, steps=settings["decode_steps"]),
+    }
     timed = [function for part, function in functions.items() if part in parts]
     rounds = {"repeats": settings["repeats"], "warmup": settings["warmup"]}
-    rows = []
+    rows: list[LatencyRow] = []
     if timed:
         with progress_bar(len(timed) * len(prompts) * count_passes(loaded.model, variants, **rounds)) as progress:
             for function in timed:
@@ -125,33 +159,39 @@ def print_result(result: Mapping[str, Any]) -> None:
             print_table(table.headers, table.rows, title=title, text_columns=table.text_columns)
     if result.get("operator"):
         table = operator_table(result["operator"])
-        print_table(table.headers, table.rows, title="Attention operator alone", text_columns=table.text_columns)
+        print_table(table.headers, table.rows, title=f"Attention operator alone ({result['operator_about']})", text_columns=table.text_columns)
     for notice in result["notices"]:
         print(notice)
 
 
-def _variants(settings: Mapping[str, Any]) -> Variants:
-    """Variants by label, from --method and --recipe; without either the model's own recipe, or FlexPrefill where it has none."""
-    from accel.cli.options import parse_method
-    from accel.evals.latency import describe_method
-    from accel.evals.models import embedded_recipe
-    from accel.recipe import Recipe
-    from accel.registry import build
+def _load(settings: Mapping[str, Any], dtype: str, reason: str) -> LoadedModel:
+    from accel.evals.models import load_model
 
-    given = settings["method"] or []
-    methods = [parse_method(text) for text in ([given] if isinstance(given, str) else given)]
-    variants = {describe_method(method): [method] for method in methods}
-    shipped = None if settings["method"] else embedded_recipe(settings["model"])
-    for path in (settings["recipe"], shipped if not settings["recipe"] else None):
-        if path:
-            recipe = Recipe.load(path)
-            variants[" + ".join(m.method_name() for m in recipe.methods) + " (recipe)"] = list(recipe.methods)
-    return variants or {"flexprefill": [build("flexprefill")]}
+    print(f"loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
+    return load_model(settings["model"], dtype=dtype, device=settings["device"])
+
+
+def _operator_shape(settings: Mapping[str, Any]) -> OperatorShape:
+    """Raises OptionError for settings that the operator benchmark cannot run."""
+    heads, densities = _numbers(settings, "heads"), _numbers(settings, "densities")
+    if len(heads) != 2 or any(n != int(n) or n < 1 for n in heads) or heads[0] % heads[1]:
+        raise OptionError(f"--heads takes query heads and key heads, the first a multiple of the second, as 8,2; got {settings['heads']!r}")
+    if not all(0.0 < d <= 1.0 for d in densities):
+        raise OptionError(f"--densities are shares in (0, 1], as 0.25,0.1; got {settings['densities']!r}")
+    if "operator" in _parts(settings) and settings["device"] != "cpu":
+        raise OptionError(f"the operator part runs on the cpu in this release, got --device {settings['device']}; pass --what ttft,decode")
+    return OperatorShape((int(heads[0]), int(heads[1])), settings["head_dim"], densities)
+
+
+def _numbers(settings: Mapping[str, Any], key: str) -> list[float]:
+    given = settings[key]
+    try:
+        return [float(item) for item in (given if isinstance(given, list) else str(given).split(","))]
+    except ValueError as error:
+        raise OptionError(f"--{key} takes numbers separated by commas, got {given!r}") from error
 
 
 def _lengths(settings: Mapping[str, Any]) -> list[int]:
-    from accel.cli.options import parse_length
-
     given = settings["lengths"]
     items = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
     return sorted({parse_length(str(item)) for item in items})

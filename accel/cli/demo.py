@@ -110,13 +110,14 @@ def _by_length(done: Sequence[Measured]) -> list[Measured]:
 
 
 def _score_row(m: Measured, label: str) -> dict[str, Any]:
-    scored = m.scored[label]
+    scored, first = m.scored[label], m.passes[label][0]
     n = len(scored.hits)
     value = sum(scored.hits) / n
     return {
         "task": m.case.title, "tokens": m.case.tokens, "label": label, "n": n,
         "score": {"value": value, "stderr": (value * (1 - value) / n) ** 0.5},
-        "log_prob": sum(scored.log_probs) / n, "density": m.passes[label][0].density, "is_baseline": label in m.base,
+        "log_prob": sum(scored.log_probs) / n, "density": first.density if first.sparse_calls else 1.0,
+        "is_baseline": label in m.base,
     }  # fmt: skip
 
 
@@ -136,7 +137,7 @@ def _score_lines(m: Measured, labels: Sequence[str]) -> list[list[str]]:
     return [
         [f"{m.case.title} at {short_length(m.case.tokens)}", *(f"{round(s['score']['value'] * s['n'])}/{s['n']}" for s in scores)],
         ["  log-probability of the answer", *(number(s["log_prob"], 2) for s in scores)],
-        ["  density", *(number(s["density"], 2, missing="1.00") for s in scores)],
+        ["  density", *(number(s["density"], 2) for s in scores)],
     ]
 
 

@@ -64,7 +64,7 @@ def describe() -> dict[str, Any]:
         "processor": _processor(),
         "threads": _threads(),
         "accelerators": _accelerators(),
-        "CPU kernel": _cpu_choice(),
+        "CPU kernel": cpu_choice(),
         "crossover, tokens": {
             **{f"{device} (default)": tokens for device, tokens in DEFAULT_TOKENS.items()},
             **(measured_crossovers() or {"measured": f"none in {crossover_file()}; measure with: accel tune crossover --help"}),
@@ -120,7 +120,7 @@ def _accelerators() -> dict[str, Any]:
     return {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
 
 
-def _cpu_choice() -> dict[str, Any]:
+def cpu_choice() -> dict[str, Any]:
     """What the start-up probe chose for this CPU, by dtype and precision; a new machine is measured now, in a second or less."""
     if not _version("torch"):
         return {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.cli.measuring import choose_dtype, describe_run, finish_run, new_folder, settle_threads
+from accel.cli.options import parse_length, parse_method
 from accel.errors import AccelError, OptionError
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the model and its layers, and writes a report with the block maps. 0 unless a method named by --method cannot be applied."""
     settle_threads(args.threads)
-    from accel.cli.options import parse_length, parse_method
     from accel.evals.models import load_model
     from accel.patching import host_for
 

@@ -92,27 +92,27 @@ def finish_run(folder: Path, result: Mapping[str, Any]) -> None:
     print(f"report: {write_reports(folder).html}", file=sys.stderr)
 
 
-def describe_run(command: str, title: str, loaded: LoadedModel, settings: Mapping[str, Any], *, dtype_reason: str) -> dict[str, Any]:
-    """The head of a result.json: what ran, on what, with which settings."""
-    from accel.cli.env import describe
+def describe_run(command: str, title: str, loaded: LoadedModel | None, settings: Mapping[str, Any], *, dtype_reason: str) -> dict[str, Any]:
+    """The head of a result.json: what ran, on what, with which settings. `loaded`: None where no model takes part."""
+    from accel.cli.env import cpu_choice
+    from accel.evals.results import SCHEMA, environment
 
-    found = describe()
-    parameter = next(iter(loaded.model.parameters()))
+    env = environment()
+    if loaded is None:
+        model, is_on_cpu = {}, True
+    else:
+        parameter = next(iter(loaded.model.parameters()))
+        model, is_on_cpu = {"model": loaded.name, "dtype": str(parameter.dtype).removeprefix("torch.")}, parameter.device.type == "cpu"
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "command": command,
         "title": title,
-        "model": loaded.name,
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": f"{found['processor']['name']}, {found['threads']['torch threads']} threads" if parameter.device.type == "cpu" else
-        next(iter(found["accelerators"].values())),
+        **model,
+        "device": f"{env['cpu']}, {env['threads']} threads" if is_on_cpu else env["device"],
         "created": f"{datetime.now():%d %B %Y, %H:%M}",
         "config": dict(settings),
-        "env": {
-            **found["accel"], **found["required packages"], **{f"processor {key}": value for key, value in found["processor"].items()},
-            **{key: value for key, value in found["threads"].items() if key != "advice"}, **found["CPU kernel"], "dtype chosen": dtype_reason,
-        },
-    }  # fmt: skip
+        "env": {**env, **{name: os.environ.get(name, "not set") for name in OPENMP}, "dtype chosen": dtype_reason, "CPU kernel": cpu_choice()},
+    }
 
 
 @contextmanager

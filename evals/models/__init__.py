@@ -19,7 +19,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 class LoadedModel:
     """A causal language model ready to be measured, in evaluation mode.
 
-    recipe_path: the methods and options that suit it, where it ships with some. card: licence, origin and limits, in Markdown; empty for other models.
+    recipe_path: the methods and options that suit it, where it ships with some. card: licence, origin and limits, in Markdown;
+    empty for models that do not ship with accel.
     """
 
     model: Any

@@ -1,8 +1,9 @@
 """Topic labels learnt from the prompt: sentences about one of 100 words with one of five labels, the last 24 labels scored.
 
-Prompt of exactly N tokens of "Sentence: … / Topic: animal"; the sentences never tell the topic but by their word. The last examples are the same at every
-length: longer prompts only show more of them. The first example is cut at its front where N asks for it. Chance is one in five. Only about seven of
-the 24 labels lie inside FlexPrefill's probe (the last block of queries), so that this task sees what retrieval inside the probe does not.
+Prompt of exactly N tokens of "Sentence: … / Topic: animal"; the sentences never tell the topic but by their word. The last examples are
+the same at every length: longer prompts only show more of them. The first example is cut at its front where N asks for it. Chance is one in
+five. Only about seven of the 24 labels lie inside FlexPrefill's probe (the last block of queries), so that this task sees what retrieval
+inside the probe does not.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Passkeys: four facts hidden in prose and repeated at the end, scored under teacher forcing.
 
-Prompt of exactly N tokens: help-topic prose with "Note that the magic number for KEY is ddddd." at 8, 33, 58 and 83 % depth; the tail states the four facts
-again in the order 3, 1, 4, 2, so that no answer follows from the one before. A number at chance has log-probability 5·ln(1/10) = −11.5 where the tokenizer
-splits digits. The tail lies inside FlexPrefill's probe (the last block of queries). Retrieval of this kind separates sparse methods; perplexity
-does not.
+Prompt of exactly N tokens: help-topic prose with "Note that the magic number for KEY is ddddd." at 8, 33, 58 and 83 % depth; the tail states
+the four facts again in the order 3, 1, 4, 2, so that no answer follows from the one before. A number at chance has log-probability
+5·ln(1/10) = −11.5 where the tokenizer splits digits. The tail lies inside FlexPrefill's probe (the last block of queries). Retrieval of this
+kind separates sparse methods; perplexity does not.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Variables that pass a value on, after RULER's variable tracking: one chain of four hops, five names to find.
 
-Changed from RULER: the noise sentences and the wording are our own. Kept: names of five capital letters, a value of five digits, the assignments in order at
-random places of repeated noise, one solved example before the question, the model's chat template, 30 new tokens per RULER's rule, greedy
-decoding, exact = the share of the names that appear in the reply. Under teacher forcing the names stand in the order of the chain.
+Changed from RULER: the noise sentences and the wording are our own. Kept: names of five capital letters, a value of five digits, the
+assignments in order at random places of repeated noise, one solved example before the question, the model's chat template, 30 new tokens,
+greedy decoding, exact = the share of the names that appear in the reply. Under teacher forcing the names stand in the order of the chain.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from torch import Tensor
 from accel.errors import UnsupportedError
 from accel.kernels.block_sparse.cpu import cpu_attention
 from accel.kernels.block_sparse.cpu_probe import Precision
+from accel.kernels.block_sparse.executors import why_no_executor
 from accel.kernels.block_sparse.keys import KeyView
 from accel.kernels.block_sparse.naive import naive_attention
 from accel.kernels.block_sparse.plan import BlockPlan, ImplicitPlan
@@ -20,17 +21,16 @@ from accel.kernels.block_sparse.ragged import Ragged
 
 Impl = Literal["auto", "triton", "cpu", "naive"]
 
-# Executor runs of this process by name: "cpu", "naive", "dense-cpu", …; a run that `auto` could not give its first choice counts as "auto->naive" too.
+# Calls of this process by executor: "cpu", "naive", "dense-cpu", "dense-naive"; where "auto" had to fall back also under "auto->naive".
 dispatches: Counter[str] = Counter()
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _log = logging.getLogger(__name__)
 
 
 @overload
 def block_sparse_attention(
-    q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *, scale: float, softcap: float | None = None, return_lse: Literal[False] = False,
-    out: Tensor | None = None, impl: Impl = "auto", precision: Precision = "accurate",
+    q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *, scale: float, softcap: float | None = None,
+    return_lse: Literal[False] = False, out: Tensor | None = None, impl: Impl = "auto", precision: Precision = "accurate",
 ) -> Tensor: ...
 
 
@@ -63,12 +63,13 @@ def block_sparse_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of every query row over the keys of the blocks that `plan` lists for it (sparse-attention.md §1.2, §1.4).
 
-    q: (T, Hq, D) view, last stride 1, any other strides; the rows of each sequence are given by `lens`. scale: the layer's own softmax scale.
+    q: (T, Hq, D) view, last stride 1, any other strides; `lens` says which rows belong to which sequence. scale: the layer's own.
     Returns out (T, Hq, Dv) in q's dtype, written into `out` where given; with `return_lse` also lse (Hq, T) fp32, natural log.
-    Rows without keys and rows of q that belong to no sequence become 0 with LSE −inf. A NaN in q or k reaches the rows that see it, a NaN in v
-    at most the other rows of the same query block besides.
-    impl: "auto" runs the best executor for these tensors and may fall back (logged once, counted in `dispatches`); any other name runs or raises
-    `UnsupportedError` with the reasons. precision: "fast" computes the scores of bf16 inputs in bf16 on CPUs where that pays.
+    Rows without keys and rows of q that belong to no sequence become 0 with LSE −inf. A NaN in q or k reaches exactly the rows that see it.
+    A NaN in v reaches those too, and may reach rows computed in one product with them: their query block, or a whole call of at most 16 rows.
+    impl: "auto" runs the best executor for these tensors and may fall back (logged once, counted in `dispatches`); any other name runs or
+    raises `UnsupportedError` with the reasons. precision: "fast" computes the scores of bf16 inputs in bf16 where a CPU is faster so.
+    No gradients: raises `UnsupportedError` where they are asked for.
     """
     out = _checked(q, keys, lens, out=out, softcap=softcap)
     if plan.block_size <= 0:
@@ -110,9 +111,10 @@ def dense_attention(
     out: Tensor | None = None,
     precision: Precision = "accurate",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention over all keys by batched matrix products: the best dense baseline of a CPU, prefill and decode (kernels.md §0.2, §2.6).
+    """Causal attention over all keys, the best dense baseline of a CPU (kernels.md §0.2, §2.6).
 
-    Arguments and results as in `block_sparse_attention`, without a plan.
+    By batched matrix products in decoding, and in prefill unless the probe found torch's own attention as fast. Arguments and results as in
+    `block_sparse_attention`, without a plan.
     """
     out = _checked(q, keys, lens, out=out, softcap=softcap)
     chosen = _choose("auto", q)
@@ -136,22 +138,17 @@ def _run(
 def _choose(impl: Impl, q: Tensor) -> str:
     """Name of the executor that runs; raises where the asked one cannot."""
     if impl == "triton":
-        raise UnsupportedError("impl='triton' cannot run here", ["the Triton executor is not part of this release; use 'auto', 'cpu' or 'naive'"])
+        raise UnsupportedError("impl='triton' cannot run", ["the Triton executor is not part of this release; use 'auto', 'cpu' or 'naive'"])
     if impl not in ("auto", "cpu", "naive"):
         raise ValueError(f"impl must be one of auto, triton, cpu, naive, got {impl!r}")
-    obstacles = []
-    if q.device.type != "cpu":
-        obstacles.append(f"the tensors are on {q.device.type}, the cpu executor needs them on the CPU")
-    if q.dtype not in _CPU_DTYPES:
-        obstacles.append(f"the cpu executor takes float32, bfloat16 and float16, not {q.dtype}")
-    if impl == "naive" or (impl == "auto" and obstacles):
-        if impl == "auto":
-            dispatches["auto->naive"] += 1
-            _log_fallback("; ".join(obstacles))
-        return "naive"
-    if obstacles:
-        raise UnsupportedError("impl='cpu' cannot run here", obstacles)
-    return "cpu"
+    obstacle = None if impl == "naive" else why_no_executor(q.device, q.dtype)
+    if obstacle is None:
+        return "naive" if impl == "naive" else "cpu"
+    if impl == "cpu":
+        raise UnsupportedError("impl='cpu' cannot run here", [obstacle])
+    dispatches["auto->naive"] += 1
+    _log_fallback(obstacle)
+    return "naive"
 
 
 @cache
@@ -175,8 +172,8 @@ def _checked(q: Tensor, keys: KeyView, lens: Ragged, *, out: Tensor | None, soft
         raise ValueError(f"q is on {q.device}, the keys are on {keys.device}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if torch.is_grad_enabled() and q.requires_grad:
-        raise UnsupportedError("this attention has no backward pass", ["q requires gradients; call it under torch.no_grad()"])
+    if torch.is_grad_enabled() and (q.requires_grad or keys.storage.requires_grad):
+        raise UnsupportedError("this attention has no backward pass", ["q or k requires gradients; call it under torch.no_grad()"])
     if lens.batch != keys.kv_len.shape[0]:
         raise ValueError(f"lens describes {lens.batch} sequences, the keys hold {keys.kv_len.shape[0]}")
     if q.device.type == "cpu":
@@ -185,9 +182,8 @@ def _checked(q: Tensor, keys: KeyView, lens: Ragged, *, out: Tensor | None, soft
     if out is None:
         return q.new_empty(shape)
     if tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device or out.stride(-1) != 1:
-        raise ValueError(
-            f"out must be {shape} {q.dtype} on {q.device} with last stride 1, got {tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
-        )
+        found = f"{tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
+        raise ValueError(f"out must be {shape} {q.dtype} on {q.device} with last stride 1, got {found}")
     return out
 
 
@@ -196,6 +192,7 @@ def _check_lengths(n_tokens: int, keys: KeyView, lens: Ragged) -> None:
         raise ValueError(f"lens.kv_len {lens.kv_len.tolist()} differs from keys.kv_len {keys.kv_len.tolist()}")
     for rows in lens.rows():
         if not 0 <= rows.q_len <= rows.kv_len:
-            raise ValueError(f"sequence {rows.index}: {rows.q_len} query rows, but {rows.kv_len} keys; the queries are the last of the keys")
+            raise ValueError(f"sequence {rows.index} has {rows.q_len} query rows, but {rows.kv_len} keys: queries are the last of its keys")
         if rows.q_len and not 0 <= rows.q_start <= n_tokens - rows.q_len:
-            raise ValueError(f"sequence {rows.index}: rows {rows.q_start}..{rows.q_start + rows.q_len - 1} lie outside the {n_tokens} rows of q")
+            last = rows.q_start + rows.q_len - 1
+            raise ValueError(f"sequence {rows.index}: rows {rows.q_start}..{last} lie outside the {n_tokens} rows of q")

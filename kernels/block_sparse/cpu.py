@@ -1,4 +1,4 @@
-"""The CPU executor: one sequence after the other, by prefill tiles or by the decode path, on the route that the probe found (kernels.md §2)."""
+"""The CPU executor: one sequence after the other, by tiles or by the decode path, on the route that the probe found (kernels.md §2)."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def cpu_attention(
         for rows in lens.rows():
             if not rows.q_len:
                 continue
-            mask = plan.block_mask(rows) if plan is not None else None
-            if mask is not None and mask.shape[0] not in (1, q.shape[1]):
-                raise ValueError(f"the plan describes {mask.shape[0]} heads, q has {q.shape[1]}")
+            mask = plan.checked_mask(rows, q.shape[1]) if plan is not None else None
             block_size = plan.block_size if plan is not None else DENSE_BLOCK
             attend(Problem(q, keys, rows, mask, block_size, scale, softcap, out, lse, chosen))
     workspace.trim()

@@ -1,7 +1,7 @@
 """Which library path this machine is fast in: a few timings at first use, remembered per process and on disk (kernels.md §2.5).
 
-Between CPUs the same product differs by a factor of forty: oneDNN's bf16 is 4x its fp32 with AVX512-BF16 and 20x slower with AVX2. So nothing is
-assumed from the model name. Delete `cpu_probe.json` in the cache folder to measure anew.
+Nothing is assumed from the CPU's name: beside fp32, bf16 products are four times as fast with AVX512-BF16 and take twelve times as long with
+AVX2. Delete `cpu_probe.json` in the cache folder to measure anew.
 """
 
 from __future__ import annotations
@@ -229,8 +229,8 @@ _precision_before = "highest"
 def fp32_products_routed(is_routed: bool) -> Iterator[None]:
     """Sends fp32 products to oneDNN while inside, where `is_routed`; the process-wide setting is given back at the end, errors included.
 
-    Uses torch's older setter: after the newer one the older *getter* raises, and other libraries call it. Where somebody has used the newer one
-    already, the setting is theirs and stays.
+    Uses torch's older setter: after the newer one the older *getter* raises, and other libraries call it. Where somebody has used the newer
+    one already, the setting is theirs and stays.
     """
     global _n_inside, _precision_before
     try:

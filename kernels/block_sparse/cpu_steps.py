@@ -40,7 +40,7 @@ def schedule(mask: Tensor, kv_heads: range, group: int, first_block: int, max_bl
     and share the gathered keys.
     """
     listed = lists_of(mask, kv_heads, group)
-    n_kv, per_kv, nq, nk = listed.shape
+    per_kv, nq, nk = listed.shape[1:]
     heads_per_tile = group // per_kv
 
     counts = listed.sum(-1).flatten()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accel.kernels.block_sparse.cpu_common import Problem, finish_scores, softmax_with_lse, workspace
-from accel.kernels.block_sparse.cpu_steps import Schedule, Step, schedule
+from accel.kernels.block_sparse.cpu_steps import Step, schedule
 
 # (tile, key block) products per step and thread: fewer leave threads idle, more fall out of the caches (kernels.md §2.2)
 BLOCKS_PER_THREAD = 32

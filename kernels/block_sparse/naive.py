@@ -31,7 +31,7 @@ def naive_attention(
     for rows in lens.rows():
         if not rows.q_len:
             continue
-        mask = plan.block_mask(rows)
+        mask = plan.checked_mask(rows, q.shape[1])
         k, v = keys.tokens(rows.index)
         for head in range(q.shape[1]):
             blocks = mask[head % mask.shape[0]]

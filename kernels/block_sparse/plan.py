@@ -24,6 +24,13 @@ class BlockPlan(ABC):
     def block_mask(self, rows: Rows) -> Tensor:
         """Tiles of one sequence, (Hq, nq, nk) bool; (1, nq, nk) where every head has the same. True only at or below the diagonal."""
 
+    def checked_mask(self, rows: Rows, n_heads: int) -> Tensor:
+        """`block_mask`, after checking that it suits this many query heads."""
+        mask = self.block_mask(rows)
+        if mask.shape[0] not in (1, n_heads):
+            raise ValueError(f"the plan describes {mask.shape[0]} heads, q has {n_heads}")
+        return mask
+
     def tiles(self, lens: Ragged, n_heads: int) -> tuple[int, int]:
         """Tiles the plan computes and tiles a dense causal kernel would, over all sequences and heads."""
         active = total = 0

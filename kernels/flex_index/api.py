@@ -34,7 +34,8 @@ def flex_index(
 
     q: (tokens, Hq, D) view, post-RoPE, the rows of sequence b given by `lens`; rows in gaps are never read. keys: the same sequences,
     cached prefix included; Hq a multiple of Hkv, query head h reads KV head h // (Hq / Hkv). scale, softcap: the layer's.
-    A sequence that the rule keeps whole (`gamma` 1, or too short) and a head whose attention is not finite keep every tile. Raises ValueError where shapes disagree, UnsupportedError for other than floating 16-, 32- or 64-bit tensors.
+    A sequence that the rule keeps whole (`gamma` 1, or too short) and a head whose attention is not finite keep every tile.
+    Raises ValueError where shapes disagree, UnsupportedError for other than floating 16-, 32- or 64-bit tensors.
     """
     if impl == "triton":
         raise UnsupportedError("flex_index cannot run impl='triton'", ["no Triton executor is built yet; 'auto' runs on any device"])

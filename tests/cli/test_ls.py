@@ -28,7 +28,7 @@ def test_every_method_has_a_row_and_says_what_it_does(capsys: pytest.CaptureFixt
 
 def test_text_names_methods_hosts_and_training(capsys: pytest.CaptureFixture[str]) -> None:
     text = show(capsys, as_json=False)
-    assert [line.split()[0] for line in text.splitlines()[2:]][: len(method_names())] == method_names()
+    assert [line.split()[0] for line in text.splitlines()[2 : 2 + len(method_names())]] == method_names()
     assert "transformers" in text.splitlines()[0]
     assert "powerattention: quality depends on adapting" in text
 

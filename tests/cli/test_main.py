@@ -30,7 +30,7 @@ def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def write_command(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """Adds a sub-command `toy` whose `main` is `body`."""
     monkeypatch.setattr("accel.cli.__path__", [*accel.cli.__path__, str(folder)])
-    (folder / "toy.py").write_text(f"HELP = 'a 50 % toy'\n\ndef add_arguments(parser):\n    parser.add_argument('--n')\n\ndef main(args):\n    {body}\n")
+    (folder / "toy.py").write_text(f"def add_arguments(parser):\n    parser.add_argument('--n')\n\ndef main(args):\n    {body}\n")
     monkeypatch.setattr(cli, "commands", lambda: {"toy": "a 50 % toy"})
     monkeypatch.delitem(sys.modules, "accel.cli.toy", raising=False)
 
@@ -49,7 +49,10 @@ def test_files_without_add_arguments_are_no_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["--help"], *[[name, "--help"] for name in COMMANDS]], ids=" ".join)
 def test_help_imports_nothing_heavy_and_ends_with_a_line_to_copy(words: list[str]) -> None:
-    code = f"import sys\nfrom accel.cli.main import main\ntry: main({words!r})\nexcept SystemExit as end: assert end.code == 0\nprint(*sys.modules, file=sys.stderr)"
+    code = (
+        "import sys\nfrom accel.cli.main import main\n"
+        f"try: main({words!r})\nexcept SystemExit as end: assert end.code == 0\nprint(*sys.modules, file=sys.stderr)"
+    )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr
     loaded = {name.split(".")[0] for name in found.stderr.split()}

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 import transformers
 from accel.patches.hosts.transformers.implementation import _SWITCHED
 from accel.patches.hosts.transformers.layers import LAYERS
 
 transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny: threads that wait for each other cost more than they compute, a hundredfold on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -104,8 +104,10 @@ def test_selection_share_is_relative_to_its_own_pass() -> None:
     [
         pytest.param(Pass(1.0, sparse_calls=30), "", id="all-sparse"),
         pytest.param(Pass(1.0, dense_calls={"shorter than 4096 tokens": 30}), BELOW_CROSSOVER, id="short"),
+        pytest.param(Pass(1.0, dense_calls={"dense layer": 20, "shorter than 4096 tokens": 10}), BELOW_CROSSOVER, id="short-beside-dense-layers"),
+        pytest.param(Pass(1.0, dense_calls={"dense layer": 20, "decode": 10}), "dense: decode", id="decode-beside-dense-layers"),
         pytest.param(Pass(1.0, dense_calls={"unsupported mask": 30}), "dense: unsupported mask", id="unsupported"),
-        pytest.param(Pass(1.0, sparse_calls=20, dense_calls={"dense layer": 8, "x": 2}), "10 of 30 calls dense (dense layer)", id="mixed"),
+        pytest.param(Pass(1.0, sparse_calls=20, dense_calls={"dense layer": 10}), "10 of 30 calls dense (dense layer)", id="mixed"),
     ],
 )
 def test_note_names_the_dense_calls(done: Pass, note: str) -> None:

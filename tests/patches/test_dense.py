@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import accel
 import pytest
 import torch
+from support import tiny_llama
+
+import accel
 from accel.patches.dense import Dense
 from accel.protocols import AttentionStep, RunDense
-from support import tiny_llama
 
 
 @pytest.mark.parametrize("q_len", [1, 4, 100_000], ids=["decode", "speculative", "prefill"])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import accel
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import tiny_llama
+from torch import Tensor
+
+import accel
 from accel.kernels.block_sparse import ImplicitPlan, Ragged, Rows
 from accel.kernels.block_sparse.differentiable import token_mask
 from accel.patches.powerattention import PowerAttention
 from accel.protocols import AttentionStep, ModelInfo
 from accel.registry import build
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support import tiny_llama
-from torch import Tensor
 
 
 def step(**changes: object) -> AttentionStep:
@@ -68,7 +71,7 @@ def test_row_lists_ascend_without_duplicates_and_equal_the_mask(options: dict, n
     w, s = plan.window_blocks, plan.sink_blocks
     for i in range(n_blocks):
         row = plan.row_blocks(i)
-        assert all(a < b for a, b in zip(row, row[1:], strict=False))
+        assert all(a < b for a, b in pairwise(row))
         assert row == mask[i].nonzero().flatten().tolist()
         if i >= w:
             # ⌈log2 w⌉ is the first power at or past the window

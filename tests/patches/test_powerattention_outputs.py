@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from support import assert_error_bounded
+from torch import Tensor
+
 from accel.kernels.block_sparse import ContiguousKeys, ImplicitPlan, Ragged, Rows, block_sparse_attention
 from accel.kernels.block_sparse.differentiable import token_mask
 from accel.kernels.block_sparse.naive import naive_attention, naive_dense
 from accel.patches.powerattention import PowerAttention
 from accel.protocols import AttentionContext, AttentionStep
-from support import assert_error_bounded
-from torch import Tensor
 
 BLOCK = 16
 METHOD = PowerAttention(block_size=BLOCK, min_seq_len=0, is_adapted=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from accel.kernels.block_sparse import ContiguousKeys, ImplicitPlan, Ragged, Rows
 from accel.kernels.block_sparse.differentiable import differentiable_attention
-from torch import Tensor
 
 POWERS_5_1 = ImplicitPlan(256, 5, 1)
 PURE_POWERS = ImplicitPlan(256, 1, 0)
@@ -28,7 +29,8 @@ def reached_per_layer(plan: ImplicitPlan, n_blocks: int) -> list[int]:
 
 # N in units of 1024 tokens; layers with (5, 1), with pure powers, with a window of 9 + 1
 LAYERS = [
-    (4, 3, 4, 2), (8, 4, 5, 4), (16, 5, 6, 8), (32, 6, 7, 16), (64, 7, 8, 32), (128, 8, 9, 64), (256, 9, 10, 128), (512, 10, 11, 256), (1024, 11, 12, 512),
+    (4, 3, 4, 2), (8, 4, 5, 4), (16, 5, 6, 8), (32, 6, 7, 16), (64, 7, 8, 32),
+    (128, 8, 9, 64), (256, 9, 10, 128), (512, 10, 11, 256), (1024, 11, 12, 512),
 ]  # fmt: skip
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import accel
 import pytest
 import torch
+from support import tiny_llama
+from torch import Tensor
+
+import accel
 from accel.kernels.block_sparse import ContiguousKeys, ListPlan, Ragged
 from accel.patches.random_blocks import RandomBlocks
 from accel.protocols import AttentionContext, AttentionStep
-from support import tiny_llama
-from torch import Tensor
 
 
 def step(q_len: int, kv_len: int, *, layer: int = 0, batch: int = 1, heads: int = 4) -> AttentionStep:

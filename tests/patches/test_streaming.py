@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import accel
 import pytest
 import torch
-from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, Ragged, Rows
-from accel.patches.streaming import Streaming
-from accel.protocols import AttentionContext, AttentionStep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny_llama
 from torch import Tensor
+
+import accel
+from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, Ragged, Rows
+from accel.patches.streaming import Streaming
+from accel.protocols import AttentionContext, AttentionStep
 
 
 def step(q_len: int, kv_len: int, *, batch: int = 1) -> AttentionStep:
@@ -49,7 +50,7 @@ def test_no_other_window_comes_closer_to_the_density(n: int, data: st.DataObject
 
 
 def test_the_window_at_a_million_tokens_is_found_without_walking_all_of_them() -> None:
-    plan, lens = answer(Streaming(density=0.05), [2**20], [2**20])
+    plan, _ = answer(Streaming(density=0.05), [2**20], [2**20])
     window = plan.window_blocks  # type: ignore[attr-defined]
     # 8192 blocks: all rows but the first few list window + 1, of a mean of 4096.5
     assert (window + 1) / 4096.5 == pytest.approx(0.05, rel=0.03)

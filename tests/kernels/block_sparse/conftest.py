@@ -12,7 +12,7 @@ from torch import Tensor
 from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, KeyView, ListPlan, Ragged
 from accel.kernels.block_sparse.cpu import cpu_attention
 from accel.kernels.block_sparse.cpu_probe import Route
-from accel.kernels.block_sparse.naive import naive_dense, naive_attention
+from accel.kernels.block_sparse.naive import naive_attention, naive_dense
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
 from accel.errors import UnsupportedError
 from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, ImplicitPlan, ListPlan, PagedKeys, Ragged, VerticalSlashPlan
 from accel.kernels.block_sparse.differentiable import differentiable_attention, flex_block_mask, flex_sequence, masked_sequence, token_mask
 from accel.kernels.block_sparse.naive import naive_attention
-from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 BLOCK = 16
 
@@ -206,3 +209,18 @@ def test_uncompiled_flexattention_equals_masked_attention(shape: str, plan_name:
         got = flex_sequence(sequence, key, value, plan, rows, scale=0.4, softcap=softcap, attention=flex_attention)
         want = masked_sequence(sequence, key, value, plan, rows, scale=0.4, softcap=softcap)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_flexattention_reads_the_block_lists() -> None:
+    # the compiled kernel skips what the lists leave out, the uncompiled function above does not read them
+    compiled = torch.compile(flex_attention, dynamic=False)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(h, n, 64, generator=generator) for h, n in ((4, 300), (2, 812), (2, 812)))
+    lens = Ragged.of([300], [812])
+    [rows] = lens.rows()
+    plan = random_lists(lens, 4, 128)
+    with torch.no_grad():
+        got = flex_sequence(q, k, v, plan, rows, scale=0.1, softcap=None, attention=compiled)
+    torch.testing.assert_close(got, masked_sequence(q, k, v, plan, rows, scale=0.1, softcap=None), rtol=1e-4, atol=1e-5)

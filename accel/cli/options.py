@@ -1,0 +1,63 @@
+"""What several commands read from their flags: methods with options, and lengths."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from accel.errors import OptionError
+
+if TYPE_CHECKING:
+    from accel.protocols import Method
+
+_UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def parse_method(text: str) -> Method:
+    """The method in `flexprefill:gamma=0.9,min_budget=256`. Values are read as YAML: numbers, true, null, [0, 1], or words.
+
+    Raises OptionError for an unknown method or option, with the closest known one.
+    """
+    import yaml
+
+    from accel.registry import build
+
+    name, _, given = text.partition(":")
+    options = {}
+    # a comma inside brackets belongs to the value
+    for item in re.split(r",(?![^\[]*\])", given) if given.strip() else []:
+        option, equals, value = item.partition("=")
+        if not equals or not option.strip():
+            raise OptionError(f"{text!r}: expected OPTION=VALUE, got {item!r}; for example flexprefill:gamma=0.9,min_budget=256")
+        try:
+            options[option.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise OptionError(f"{text!r}: cannot read the value of {option.strip()}: {value!r}") from error
+    return build(name.strip(), options)
+
+
+def parse_length(text: str) -> int:
+    """Tokens in `4096`, `4k` (4096) or `1m`. Raises OptionError for anything else."""
+    found = re.fullmatch(r"\s*(\d+)\s*([km]?)\s*", text.lower())
+    if found is None or int(found[1]) == 0:
+        raise OptionError(f"a length is a positive number of tokens such as 4096 or 4k, got {text!r}")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def read_variants(settings: Mapping[str, Any]) -> dict[str, list[Method]]:
+    """Methods by label, from the settings `method` and `recipe`; without either the model's own recipe, or FlexPrefill where it has none."""
+    from accel.evals.latency import describe_method
+    from accel.evals.models import embedded_recipe
+    from accel.recipe import Recipe
+    from accel.registry import build
+
+    given = settings["method"] or []
+    methods = [parse_method(text) for text in ([given] if isinstance(given, str) else given)]
+    variants = {describe_method(method): [method] for method in methods}
+    shipped = None if methods or settings["recipe"] else embedded_recipe(settings["model"])
+    for path in (settings["recipe"], shipped):
+        if path:
+            recipe = Recipe.load(path)
+            variants[" + ".join(m.method_name() for m in recipe.methods) + " (recipe)"] = list(recipe.methods)
+    return variants or {"flexprefill": [build("flexprefill")]}

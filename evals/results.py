@@ -1,0 +1,206 @@
+"""The folder of one run: `config.yaml`, `samples.jsonl` (one line per finished sample), `result.json`. What was saved survives a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accel.errors import AccelError
+
+SCHEMA = 1
+_PACKAGES = ("torch", "transformers", "triton", "vllm", "numpy")
+# settings that say how far a run goes, not what a sample is: they may differ when a run is resumed
+_EXTENT = ("samples", "limit", "tasks", "lengths", "controls", "methods", "command")
+
+
+class SampleKey(NamedTuple):
+    """What makes a sample of a run unique."""
+
+    task: str
+    label: str
+    tokens: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """One finished sample under one method; a line of `samples.jsonl`.
+
+    label: the method's name in tables. options: [{method: options}], empty for dense. tokens: the length asked for; n_tokens: the length of the
+    prompt. log_prob, exact: means over the answers, whose own values are the lists log_probs and hits. density: share of the causal tiles that the
+    sparse calls of the prefill computed, None where there was none. sparse_calls, dense_calls (by reason): attention calls of the prefill.
+    """
+
+    task: str
+    label: str
+    options: list[dict[str, dict[str, Any]]]
+    tokens: int
+    sample: int
+    seed: int
+    n_tokens: int
+    prompt_hash: str
+    log_prob: float
+    exact: float
+    log_probs: list[float]
+    hits: list[float]
+    questions: list[str]
+    expected: list[str]
+    answers: list[str]
+    density: float | None
+    sparse_calls: int
+    dense_calls: dict[str, int]
+    prefill_ms: float
+    selection_ms: float | None = None
+
+    @property
+    def key(self) -> SampleKey:
+        return SampleKey(self.task, self.label, self.tokens, self.sample)
+
+
+class RunFolder:
+    """An open run folder. Build it with `create`."""
+
+    def __init__(self, path: Path, config: dict[str, Any], records: list[SampleRecord]) -> None:
+        self.path = path
+        self.config = config
+        self._records = {record.key: record for record in records}
+
+    @classmethod
+    def create(cls, path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> RunFolder:
+        """Makes the folder and writes `config.yaml`; with `resume`, goes on with the samples of an earlier run of the same settings.
+
+        Raises AccelError where the folder holds a run already, where the settings of an earlier run differ (naming them), and where its samples
+        cannot be read. A last line that a kill left half-written is taken off.
+        """
+        import yaml
+
+        folder, plain = Path(path), dict(config)
+        settings, samples = folder / "config.yaml", folder / "samples.jsonl"
+        if settings.exists() or samples.exists():
+            if not resume:
+                raise AccelError(f"{folder} holds a run already: choose another folder with --out, or go on with it by --resume")
+            _same_settings(folder, yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}, plain)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(settings, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        return cls(folder, plain, _read_samples(samples))
+
+    @property
+    def records(self) -> list[SampleRecord]:
+        """Finished samples, in the order in which they finished."""
+        return list(self._records.values())
+
+    def done(self) -> set[SampleKey]:
+        """Keys of the finished samples."""
+        return set(self._records)
+
+    def get(self, key: SampleKey) -> SampleRecord | None:
+        return self._records.get(key)
+
+    def append(self, record: SampleRecord) -> None:
+        """Saves one finished sample. A failure to save raises: a run that loses results has failed."""
+        if record.key in self._records:
+            raise AccelError(f"sample {tuple(record.key)} of {self.path} is saved already")
+        with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._records[record.key] = record
+
+    def finish(self, rows: Sequence[Mapping[str, Any]], **sections: Any) -> Path:
+        """Writes `result.json` and returns its path. rows: one per task, length and method (`scores`); sections: further entries, or others for
+        `created` and `env`."""
+        result = {
+            "schema": SCHEMA,
+            "created": sections.pop("created", None) or datetime.now(UTC).isoformat(timespec="seconds"),
+            **sections,
+            "config": self.config,
+            "env": sections.get("env") or environment(),
+            "scores": list(rows),
+        }
+        target = self.path / "result.json"
+        _write(target, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        return target
+
+
+def environment() -> dict[str, Any]:
+    """What a number depends on besides the code: versions, processor, threads, and the commit where accel runs from a checkout."""
+    import torch
+
+    import accel
+
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found = {
+        "accel": accel.__version__, **packages, "python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}",
+        "device": device, "cpu": _cpu_name(), "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    return {**found, "git": commit} if (commit := _commit()) else found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that holds this file, "+" behind it where files were changed; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout
+        changes = subprocess.run(["git", "status", "--porcelain"], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):       # no git, or no commit yet: the commit is a help, not a condition
+        return None
+    return commit.strip() + ("+" if changes.strip() else "")
+
+
+def _same_settings(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
+    old = before if isinstance(before, dict) else {}
+    changed = [key for key in {**old, **now} if key not in _EXTENT and old.get(key) != now.get(key)]
+    earlier = old.get("methods") or {}
+    changed += [f"method {label}" for label, methods in (now.get("methods") or {}).items() if earlier.get(label, methods) != methods]
+    if changed:
+        raise AccelError(f"{folder} cannot be resumed: {', '.join(changed)} differ from its config.yaml. Use the same settings, or another --out")
+
+
+def _read_samples(path: Path) -> list[SampleRecord]:
+    """The finished samples; a half-written last line is removed from the file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    records = []
+    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+        try:
+            records.append(SampleRecord(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise AccelError(f"{path}, line {number}, is no sample of this version of accel: {error}") from error
+    return records
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces the file in one step: a reader never sees half of it."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

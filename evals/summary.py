@@ -1,0 +1,97 @@
+"""Finished samples as table rows: one per task, length and method, with n and a standard error."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from accel.evals.results import SampleRecord
+
+BASELINE = "dense"
+# prompts with more answers than this are texts, not questions
+MOST_ANSWERS_SHOWN = 8
+
+
+def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplexity"]) -> dict[str, Any]:
+    """One row from all samples of one task, length and method.
+
+    score: the share of right answers, or the perplexity of their tokens. n: answers. The standard error is taken over prompts, since the
+    answers of one prompt depend on each other; over answers where there is one prompt only; `stderr_over` tells which.
+    """
+    first = records[0]
+    exact, log_prob = _mean_and_error([r.hits for r in records]), _mean_and_error([r.log_probs for r in records])
+    if metric == "perplexity":
+        value = math.exp(-log_prob[0])
+        # d exp(−x) = −exp(−x) dx
+        score = {"name": metric, "value": value, "stderr": None if log_prob[1] is None else value * log_prob[1]}
+    else:
+        score = {"name": metric, "value": exact[0], "stderr": exact[1]}
+    densities = [r.density for r in records if r.density is not None]
+    selection = [r.selection_ms for r in records if r.selection_ms is not None]
+    n_sparse, dense_calls = sum(r.sparse_calls for r in records), _added([r.dense_calls for r in records])
+    return {
+        "task": first.task,
+        "label": first.label,
+        "options": first.options,
+        "tokens": first.tokens,
+        "is_baseline": first.label == BASELINE,
+        "n": sum(len(r.hits) for r in records),
+        "n_prompts": len(records),
+        "score": score,
+        "stderr_over": "prompts" if len(records) > 1 else "answers",
+        "log_prob": log_prob[0],
+        "log_prob_stderr": log_prob[1],
+        "density": statistics.fmean(densities) if densities else None,
+        "calls": {"sparse": n_sparse, "dense": dense_calls},
+        "prefill_ms": _spread([r.prefill_ms for r in records]),
+        "selection_ms": _spread(selection) if selection else None,
+        "hash": {"prompts": sorted({r.prompt_hash for r in records})},
+        "note": _note(n_sparse, dense_calls),
+    }
+
+
+def answer_rows(records: Sequence[SampleRecord]) -> list[dict[str, Any]]:
+    """One row per question and method, of the first prompt of each task and length, where its answers are few enough to be read.
+
+    A right answer is shown as it was expected, also where it is only a part of the reply.
+    """
+    return [
+        {"task": r.task, "question": f"{r.task} {r.tokens}: {question}", "expected": expected, "label": r.label,
+         "answer": expected if hit else answer, "log_prob": log_prob}
+        for r in records
+        if r.sample == 0 and len(r.expected) <= MOST_ANSWERS_SHOWN
+        for question, expected, answer, hit, log_prob in zip(r.questions, r.expected, r.answers, r.hits, r.log_probs, strict=True)
+    ]  # fmt: skip
+
+
+def _mean_and_error(values: Sequence[Sequence[float]]) -> tuple[float, float | None]:
+    """Mean over all values, and its standard error: over the groups' means, or over the values of a single group. None for a single value."""
+    flat = [v for group in values for v in group]
+    units = [statistics.fmean(group) for group in values] if len(values) > 1 else flat
+    return statistics.fmean(flat), statistics.stdev(units) / math.sqrt(len(units)) if len(units) > 1 else None
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, p20 and p80."""
+    if len(values) == 1:
+        return {"median": values[0], "p20": values[0], "p80": values[0]}
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
+
+
+def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for count in counts:
+        for reason, n in count.items():
+            total[reason] = total.get(reason, 0) + n
+    return total
+
+
+def _note(sparse: int, dense: dict[str, int]) -> str:
+    """Which calls of the prefill ran dense, for methods that ought to be sparse."""
+    if not dense:
+        return ""
+    reasons = ", ".join(f"{reason} ({n})" for reason, n in sorted(dense.items(), key=lambda item: -item[1]))
+    return f"dense calls: {reasons}" if sparse else f"ran dense: {reasons}"

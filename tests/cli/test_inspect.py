@@ -1,0 +1,77 @@
+"""`accel inspect` names what would be patched, and draws what heads read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_llama import save_tiny
+
+from accel.cli.inspect import as_ranges
+from accel.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny(tmp_path_factory.mktemp("tiny"), positions=2048))
+
+
+def test_every_registered_method_is_tried(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from accel.registry import method_names
+
+    assert main(["inspect", model, "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in method_names())
+    layers = json.loads((tmp_path / "run" / "result.json").read_text())["layers"]
+    assert {row["method"] for row in layers} == set(method_names())
+    assert "3 layers, 4 query and 2 key heads of 16, runs sdpa" in text
+
+
+def test_layers_that_stay_as_they_are_come_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+    from tiny_llama import byte_tokenizer
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=256, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+        use_sliding_window=True, sliding_window=64, max_window_layers=1, max_position_embeddings=2048,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    assert main(["inspect", str(tmp_path / "model"), "--out", str(tmp_path / "run")]) == 0
+    rows = [row for row in json.loads((tmp_path / "run" / "result.json").read_text())["layers"] if row["method"] == "flexprefill"]
+    assert [(row["layers"], row["patched"], row["reason"]) for row in rows] == [("0", True, ""), ("1–2", False, "sliding window")]
+
+
+def test_maps_of_a_prompt_are_drawn(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("All work and no play makes Jack a dull boy. " * 30)
+    words = ("--method", "streaming:min_seq_len=0,window_blocks=2", "--method", "flexprefill", "--tokens", "1k", "--prompt", str(file))
+    assert main(["inspect", model, *words, "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    [found] = result["block_maps"]
+    assert found["tokens"] == 1024
+    assert found["maps"][0]["rows"] == ["1", "11", "111", "1011", "10011", "100011", "1000011", "10000011"]
+    assert "flexprefill ran dense in every layer at 1024 tokens: shorter than" in text
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "data:image/png;base64," in html
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [(("--method", "streaming", "--tokens", "4k"), "2048 positions"), (("--method", "streaming:window=2"), "has no option 'window'")],
+    ids=["too-long", "option"],
+)
+def test_a_wrong_argument_explains_itself(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert main(["inspect", model, *words, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("numbers, text", [([], ""), ([3], "3"), ([0, 1, 2, 5], "0–2, 5"), ([1, 3, 4], "1, 3–4")])
+def test_layer_numbers_are_written_as_ranges(numbers: list[int], text: str) -> None:
+    assert as_ranges(numbers) == text

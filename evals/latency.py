@@ -279,10 +279,11 @@ def _measure(
         for i_round in range(rounds.warmup + rounds.repeats):
             if i_round > rounds.warmup and rounds.budget_s is not None and time.perf_counter() - start > rounds.budget_s:
                 break
+            # between rounds, so that no variant pays for what the others left behind
+            gc.collect()
             for label, methods in everything.items():
                 if rounds.progress:
                     rounds.progress(f"{label}, {tokens} tokens")
-                gc.collect()
                 if i_round < rounds.warmup:
                     with track_peak(_device(model)) as peak:
                         one_pass(methods)

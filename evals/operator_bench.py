@@ -21,7 +21,7 @@ from torch import Tensor
 from accel.kernels.block_sparse import ContiguousKeys, ListPlan, Ragged, block_sparse_attention, dense_attention
 from accel.kernels.block_sparse.cpu_probe import Route, route_for
 from accel.kernels.block_sparse.cpu_steps import schedule
-from accel.kernels.block_sparse.cpu_tiles import BLOCKS_PER_THREAD
+from accel.kernels.block_sparse.cpu_tiles import step_blocks
 
 BLOCK = 128
 
@@ -121,10 +121,9 @@ def plan_building_ms(inputs: Inputs, plan: ListPlan, repeats: int) -> float:
     """Median time from the plan to the gather lists of every head."""
     rows = next(inputs.lens.rows())
     n_heads, n_kv_heads = inputs.q.shape[1], inputs.k.shape[1]
-    max_blocks = BLOCKS_PER_THREAD * torch.get_num_threads()
 
     def build() -> object:
-        return schedule(plan.block_mask(rows), range(n_kv_heads), n_heads // n_kv_heads, 0, max_blocks)
+        return schedule(plan.block_mask(rows), range(n_kv_heads), n_heads // n_kv_heads, 0, step_blocks())
 
     return 1e3 * statistics.median(interleaved({"plan": build}, 3 * repeats)["plan"])
 

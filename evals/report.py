@@ -151,7 +151,9 @@ def _accuracy_figures(scores: Sequence[Row], colours: Mapping[str, str]) -> list
         ]
         if len(points) > 1:
             title = f"{task} at {plots.short_length(tokens)}" if tokens else task
-            figures.append(Figure("accuracy", "", "", svg=plots.accuracy_density_plot(points, colours, title=title, y_label="score")))
+            metric = {"exact": "share of right answers"}.get(name := mine[0]["score"].get("name", "exact"), name)
+            svg = plots.accuracy_density_plot(points, colours, title=title, y_label=metric)
+            figures.append(Figure("accuracy", "", "", svg=svg))
     return figures
 
 

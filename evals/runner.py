@@ -46,8 +46,7 @@ def run_accuracy(
     limit: stops after so many new samples. Samples already in `folder` are not run again. Batch 1; each method is taken off again.
     """
     _check(loaded, methods, tasks, lengths, n, controls)
-    reference = next((label for label, group in methods.items() if any(isinstance(m, SparseAttention) for m in group)), None)
-    labels = [BASELINE, *methods, *(f"{name}@{reference}" for name in controls)]
+    labels = [BASELINE, *methods, *(control_label(name) for name in controls)]
     blocks = [Block(task, tokens, label) for task in tasks for tokens in lengths for label in labels]
     wanted = [SampleKey(block.task, block.label, block.tokens, i) for block in blocks for i in range(n)]
     missing = [key for key in wanted if key not in folder.done()]
@@ -58,10 +57,21 @@ def run_accuracy(
             if place not in prompts:
                 prompts = {place: load_task(key.task).samples(loaded.tokenizer, key.tokens, n, seed)}
             bar.set_description(f"{key.task} {key.tokens} {key.label}")
-            applied = _methods_for(key, methods, reference, folder)
-            folder.append(_measure(loaded, key, prompts[place][key.sample], applied))
+            applied = _methods_for(key, methods, controls, folder)
+            sample = prompts[place][key.sample]
+            _require_same_prompt(folder, key, sample)
+            folder.append(_measure(loaded, key, sample, applied))
             bar.update()
     return rows_of(folder, wanted)
+
+
+def reference_label(methods: Mapping[str, Sequence[Method]]) -> str | None:
+    """Label of the variant whose density the controls get: the first with a sparse-attention method."""
+    return next((label for label, group in methods.items() if any(isinstance(m, SparseAttention) for m in group)), None)
+
+
+def control_label(name: str) -> str:
+    return f"{name} (same density)"
 
 
 def rows_of(folder: RunFolder, wanted: Sequence[SampleKey]) -> list[dict[str, Any]]:
@@ -88,26 +98,38 @@ def _check(
     too_long = [length for length in lengths if most is not None and length > most]
     if too_long:
         raise OptionError(f"{loaded.name} holds {most} tokens, asked for prompts of {', '.join(map(str, too_long))}")
-    if controls and not any(isinstance(m, SparseAttention) for group in methods.values() for m in group):
+    if controls and reference_label(methods) is None:
         raise OptionError(f"the controls {', '.join(controls)} run at the density of a sparse-attention method: name one")
     for name in controls:
         if "density" not in {f.name for f in fields(method_class(name))}:
             raise OptionError(f"{name} has no option 'density', so it cannot be a control at equal density")
 
 
-def _methods_for(key: SampleKey, methods: Mapping[str, Sequence[Method]], reference: str | None, folder: RunFolder) -> Sequence[Method]:
-    """What is applied for one sample: nothing for dense, the methods of its label, or a control at the density that was reached on this prompt."""
+def _require_same_prompt(folder: RunFolder, key: SampleKey, sample: Sample) -> None:
+    """Raises where a resumed run would compare methods on different prompts: their text comes from Python's own library."""
+    for done in folder.records:
+        if (done.task, done.tokens, done.sample) == (key.task, key.tokens, key.sample) and done.prompt_hash != sample.prompt_hash:
+            raise AccelError(
+                f"prompt {key.sample} of {key.task} at {key.tokens} tokens is not the one that {folder.path} was begun with: "
+                "resume it with the same Python, tokenizer and version of accel, or start a new run"
+            )
+
+
+def _methods_for(key: SampleKey, methods: Mapping[str, Sequence[Method]], controls: Sequence[str], folder: RunFolder) -> Sequence[Method]:
+    """What is applied for one sample: nothing for dense, the methods of its label, or a control at the density reached on this very prompt."""
     if key.label == BASELINE:
         return ()
     if key.label in methods:
         return methods[key.label]
+    name = next(name for name in controls if control_label(name) == key.label)
+    reference = reference_label(methods)
     assert reference is not None
     found = folder.get(key._replace(label=reference))
     if found is None:
         raise AccelError(f"{key.label} needs the density of {reference} on {key.task} at {key.tokens} tokens, prompt {key.sample}, which was not run")
     sparse = next(m for m in methods[reference] if isinstance(m, SparseAttention))
     # where the reference ran dense throughout, so does its control
-    return [_control(key.label.removesuffix(f"@{reference}"), sparse, 1.0 if found.density is None else found.density)]
+    return [_control(name, sparse, 1.0 if found.density is None else found.density)]
 
 
 def _control(name: str, reference: SparseAttention, density: float) -> Method:

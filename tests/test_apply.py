@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import accel
 import pytest
 import torch
-from accel.kernels.block_sparse import BlockPlan, ImplicitPlan, KeyView
-from accel.protocols import AttentionContext, Keep, ModelInfo, PruningContext, RunDense, SparseAttention, Stage, TokenPruning
 from support import tiny_llama
 from torch import Tensor, nn
+
+import accel
+from accel.kernels.block_sparse import BlockPlan, ImplicitPlan, KeyView
+from accel.protocols import AttentionContext, Keep, ModelInfo, PruningContext, RunDense, SparseAttention, Stage, TokenPruning
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,8 @@ HELP = "time to first token, decode, peak memory and the attention operator, aga
 
 DEFAULTS: dict[str, Any] = {
     "model": "smollm2", "method": None, "recipe": None, "lengths": "4k,8k", "what": "operator,ttft,decode", "dtype": "auto", "device": "cpu",
-    "repeats": 5, "warmup": 1, "decode_steps": 16, "heads": "8,2", "head_dim": 128, "densities": "0.25,0.1,0.05", "threads": None, "seed": 0, "out": None,
+    "repeats": 5, "warmup": 1, "decode_steps": 16, "heads": "8,2", "head_dim": 128, "densities": "0.25,0.1,0.05",
+    "threads": None, "seed": 0, "out": None,
 }  # fmt: skip
 PARTS = ("operator", "ttft", "decode")
 
@@ -108,7 +109,8 @@ def measure_operator(lengths: Sequence[int], shape: OperatorShape, dtype: str, s
                 [n_tokens], shape.densities, heads=shape.heads, head_dim=shape.head_dim, dtype=torch_dtype(dtype),
                 repeats=settings["repeats"], seed=settings["seed"],
             )  # fmt: skip
-    about = f"{dtype}, {shape.heads[0]} query and {shape.heads[1]} key heads of {shape.head_dim}, batch 1, random blocks of 128, sink and own block kept"
+    heads = f"{shape.heads[0]} query and {shape.heads[1]} key heads of {shape.head_dim}"
+    about = f"{dtype}, {heads}, batch 1, random blocks of 128 with sink and own block"
     return {"operator": rows, "operator_about": about}
 
 

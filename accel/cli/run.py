@@ -73,14 +73,14 @@ def _run(
     from accel.cli.bench import check_variants
     from accel.evals.models import load_model
     from accel.evals.results import RunFolder
-    from accel.evals.runner import run_accuracy
+    from accel.evals.runner import reference_label, run_accuracy
 
     dtype, reason = choose_dtype(settings["dtype"], settings["device"])
     plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in variants.items()}
     config = {
         "command": "run", **{key: settings[key] for key in ("model", "device", "seed", "samples")}, "dtype": dtype, "tasks": list(tasks),
         # through JSON: YAML files hold no tuples
-        "lengths": list(lengths), "controls": list(controls), "methods": json.loads(json.dumps(plain)),
+        "lengths": list(lengths), "controls": list(controls), "reference": reference_label(variants), "methods": json.loads(json.dumps(plain)),
     }  # fmt: skip
     path = Path(settings["out"]) if settings["resume"] else new_folder("run", settings["out"])
     folder = RunFolder.create(path, config, resume=bool(settings["resume"]))

@@ -39,7 +39,7 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     # from the last example to the first, so that the end is the same at every length
     ids: list[int] = []
     spans: list[tuple[str, str, int, int]] = []     # word, label, tokens counted back from the end
-    while len(ids) < n_tokens - len(head):
+    while len(ids) < n_tokens - len(head) or len(spans) < N_SCORED:
         word, label, text = _example(rng)
         piece = encode_parts(tokenizer, text, [label])
         [(start, stop)] = piece.spans

@@ -12,6 +12,8 @@ from accel.kernels.block_sparse.cpu_steps import Step, schedule
 
 # (tile, key block) products per step and thread: fewer leave threads idle, more fall out of the caches (kernels.md §2.2)
 BLOCKS_PER_THREAD = 32
+# and never more, whatever the number of threads: buffers of 128-token blocks then stay below 64 MB at 16K
+MAX_BLOCKS = 128
 # several KV heads are packed together up to this size, so that short sequences still fill a step
 PACK_BYTES = 8 << 20
 # query heads that read the same keys are stacked up to this many rows: a product packs its right operand once for all of them
@@ -76,7 +78,7 @@ def attend_prefill(problem: Problem) -> None:
     mask = causal_mask(problem) if problem.mask is None else problem.mask
     head_bytes = mask.shape[2] * problem.block_size * problem.keys.head_dim * problem.route.score_dtype.itemsize
     per_pack = max(1, PACK_BYTES // head_bytes)
-    first_block, max_blocks = problem.rows.first_block(problem.block_size), BLOCKS_PER_THREAD * torch.get_num_threads()
+    first_block, max_blocks = problem.rows.first_block(problem.block_size), step_blocks()
     for first in range(0, problem.keys.n_kv_heads, per_pack):
         heads = range(first, min(first + per_pack, problem.keys.n_kv_heads))
         todo = schedule(mask, heads, problem.group, first_block, max_blocks)
@@ -86,6 +88,11 @@ def attend_prefill(problem: Problem) -> None:
             pack = pack_heads(problem, heads)
             for step in todo.steps:
                 attend_step(problem, grid, pack, step, todo.heads_per_tile, max_blocks)
+
+
+def step_blocks() -> int:
+    """Most (query head, query block, key block) products in one step."""
+    return min(BLOCKS_PER_THREAD * torch.get_num_threads(), MAX_BLOCKS)
 
 
 def causal_mask(problem: Problem) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
+
 from accel.patches.hosts.transformers.implementation import _SWITCHED
 from accel.patches.hosts.transformers.layers import LAYERS
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from torch import Tensor
+
 from accel.kernels.block_sparse import BlockPlan, ImplicitPlan, KeyView
 from accel.protocols import AttentionContext, AttentionStep, SparseAttention
 from accel.registry import method_class, method_names
-from torch import Tensor
 
 # By option name, for whichever method has the option: a new method needs no entry of its own unless it brings new words.
 SPARSE: dict[str, Any] = {

@@ -31,11 +31,14 @@ def subject(name: str) -> Subject:
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:
-    """Everything that undo must give back: by identity where objects are concerned."""
+    """Everything that undo must give back: by identity where objects are concerned.
+
+    Plain tensors are left out: Qwen-VL models keep a number of their last prompt (`rope_deltas`) on themselves.
+    """
     configs = {id(m.config): m.config._attn_implementation for m in model.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")}
     return {
         "implementations": configs,
-        "attributes": [{key: id(value) for key, value in vars(m).items()} for m in model.modules()],
+        "attributes": [{key: id(value) for key, value in vars(m).items() if not isinstance(value, Tensor)} for m in model.modules()],
         "parameters": {name: (id(p), p._version) for name, p in model.named_parameters()},
         "state_dict": list(model.state_dict()),
         "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],

@@ -102,6 +102,9 @@ def _patch_attention(base: nn.Module, modules: list[nn.Module], method: SparseAt
         # a model thrown away while patched must not leave its state behind
         weakref.finalize(module, remove_layer, slot.key)
 
+    for layer in set(range(info.n_layers)).difference(handle.patched_layers, handle.skipped_layers):
+        handle.skipped_layers[layer] = _why_no_module(info.layer_types[layer])
+
     def switch(is_on: bool) -> None:
         for slot in slots:
             slot.is_on = is_on
@@ -116,6 +119,11 @@ def _why_skipped(module: nn.Module, info: ModelInfo, layer: int) -> str | None:
     if kind != "full_attention":
         return kind.replace("_", " ")
     return None if getattr(module, "is_causal", True) else "attention is not causal"
+
+
+def _why_no_module(kind: str) -> str:
+    """Why a layer has no attention to patch: it is linear, convolutional, …"""
+    return "its attention does not go through transformers' interface" if kind == "full_attention" else kind.replace("_", " ")
 
 
 def _refuse_unpatchable(base: nn.Module, decoder: nn.Module, modules: list[nn.Module]) -> None:
@@ -148,7 +156,10 @@ def _decoder(base: Any) -> Any:
 
 def _layer_type(text_config: Any, layer: int) -> str:
     types = getattr(text_config, "layer_types", None)
-    return types[layer] if types else "full_attention"
+    if types:
+        return types[layer]
+    # Mistral, Phi-3, Mixtral and their kin have one window for all layers, or none
+    return "full_attention" if getattr(text_config, "sliding_window", None) is None else "sliding_attention"
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import accel
 import pytest
 import torch
-from accel.patches.hosts.transformers.attend import runs_of
-from accel.patches.hosts.transformers.masks import LazyMask, mask_function_for
 from support import tiny_llama
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
+
+import accel
+from accel.patches.hosts.transformers.attend import runs_of
+from accel.patches.hosts.transformers.masks import LazyMask, mask_function_for
 
 
 @pytest.fixture

@@ -1,0 +1,244 @@
+"""The prompts of every task: their exact lengths, where the answers stand, and that a perfect reader could give them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from tiny_llama import byte_tokenizer
+
+from accel.errors import OptionError, UnsupportedError
+from accel.evals.tasks import Sample, expand_names, load_task, task_names
+from accel.evals.tasks._prompts import encode_parts, insert
+from accel.evals.tasks._words import TOPICS
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+FORCED, CHAT = ("needle", "fewshot", "code"), ("niah_single", "niah_multikey", "variable_tracking")
+# bytes are short tokens: these lengths are those of prompts of about 700 and 2000 words
+LENGTHS = (5009, 12001)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer() -> Any:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def made(name: str, tokenizer: Any, n_tokens: int, *, n: int = 1, seed: int = 0) -> list[Sample]:
+    return load_task(name).samples(tokenizer, n_tokens, n, seed)
+
+
+def text_of(tokenizer: Any, sample: Sample, stop: int | None = None) -> str:
+    text: str = tokenizer.decode(sample.input_ids[:stop])
+    return text
+
+
+def test_tasks_are_the_files_of_the_folder() -> None:
+    assert set(task_names()) == {*FORCED, *CHAT}
+
+
+@pytest.mark.parametrize("n_tokens", LENGTHS)
+@pytest.mark.parametrize("name", FORCED)
+def test_forced_prompts_have_exactly_the_length_asked_for(name: str, n_tokens: int, tokenizer: Any) -> None:
+    samples = made(name, tokenizer, n_tokens, n=2)
+    assert [len(s.input_ids) for s in samples] == [n_tokens, n_tokens]
+    assert [s.id for s in samples] == [0, 1]
+    assert all(s.n_prompt is None for s in samples)
+
+
+@pytest.mark.parametrize("n_tokens", LENGTHS)
+@pytest.mark.parametrize("name", CHAT)
+def test_chat_prompts_fill_what_the_reply_leaves(name: str, n_tokens: int, chat_tokenizer: Any) -> None:
+    [sample] = made(name, chat_tokenizer, n_tokens)
+    assert sample.n_prompt is not None
+    assert sample.n_prompt + sample.max_new_tokens <= n_tokens
+    assert len(sample.input_ids) - sample.n_prompt <= sample.max_new_tokens
+    # at most one sentence short; the longest of the help topics has about a thousand characters
+    assert sample.n_prompt + sample.max_new_tokens > n_tokens - 1100
+
+
+@pytest.mark.parametrize("name", [*FORCED, *CHAT])
+def test_the_answers_stand_where_they_are_said_to(name: str, chat_tokenizer: Any) -> None:
+    for sample in made(name, chat_tokenizer, 5009, n=2):
+        assert sample.answers
+        for answer in sample.answers:
+            found = chat_tokenizer.decode(sample.input_ids[answer.start : answer.stop])
+            # where a token begins with the space before its word, the space is a part of it
+            assert found.strip() == answer.text.strip()
+
+
+@pytest.mark.parametrize("name", [*FORCED, *CHAT])
+def test_a_seed_fixes_the_prompts(name: str, tokenizer: Any) -> None:
+    assert made(name, tokenizer, 5009, n=2) == made(name, tokenizer, 5009, n=2)
+    first, second = made(name, tokenizer, 5009, n=2)
+    [other] = made(name, tokenizer, 5009, seed=7)
+    assert len({s.prompt_hash for s in (first, second, other)}) == 3
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_the_scored_end_is_the_same_at_every_length(name: str, tokenizer: Any) -> None:
+    (short,), (long,) = (made(name, tokenizer, n) for n in LENGTHS)
+    scored = LENGTHS[0] - short.answers[0].start
+    assert short.input_ids[-scored:] == long.input_ids[-scored:]
+    assert [a.text for a in short.answers] == [a.text for a in long.answers]
+
+
+@pytest.mark.parametrize("name", [*FORCED, *CHAT])
+def test_a_length_without_room_is_refused(name: str, tokenizer: Any) -> None:
+    with pytest.raises(OptionError, match=r"at least \d+ tokens .* asked for 200"):
+        made(name, tokenizer, 200)
+
+
+def test_a_tokenizer_with_an_opening_token_has_it_once_and_first() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = "A"
+    plain = tokenizer.__call__
+
+    class Opening:
+        """Puts its first token before every text, as Llama's does."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def __call__(self, text: str, *, add_special_tokens: bool = True, **kwargs: Any) -> Any:
+            encoded = plain(text, add_special_tokens=False, **kwargs)
+            if add_special_tokens:
+                encoded["input_ids"] = [tokenizer.bos_token_id, *encoded["input_ids"]]
+            return encoded
+
+    for name in FORCED:
+        [sample] = made(name, Opening(), 5009)
+        assert sample.input_ids[0] == tokenizer.bos_token_id
+        assert len(sample.input_ids) == 5009
+        [answer, *_] = sample.answers
+        assert tokenizer.decode(sample.input_ids[answer.start : answer.stop]).strip() == answer.text.strip()
+
+
+def test_a_tokenizer_without_offsets_is_refused(tokenizer: Any) -> None:
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UnsupportedError, match="offsets"):
+        encode_parts(Slow(), "a b", ["b"])
+
+
+def test_spans_of_parts_cover_their_tokens_only(tokenizer: Any) -> None:
+    piece = encode_parts(tokenizer, "x is 12 and y is 12.", ["12", "12"])
+    assert [tokenizer.decode(piece.ids[a:b]) for a, b in piece.spans] == ["12", "12"]
+    assert piece.spans[0] != piece.spans[1]
+
+
+# --- needle -------------------------------------------------------------------------------------------------------------------
+
+
+def test_needles_begin_at_their_depths(tokenizer: Any) -> None:
+    n = 12001
+    [sample] = made("needle", tokenizer, n)
+    text = text_of(tokenizer, sample, n - 400)
+    # byte tokens: characters are tokens, as far as the help topics are ASCII; the topics hold a few quotation marks of three bytes
+    starts = [found.start() / n for found in re.finditer(r"\n\nNote that the magic number", text)]
+    assert starts == pytest.approx([0.08, 0.33, 0.58, 0.83], abs=0.01)
+
+
+def test_the_tail_repeats_the_needles_in_the_order_3_1_4_2(tokenizer: Any) -> None:
+    [sample] = made("needle", tokenizer, 12001)
+    text = text_of(tokenizer, sample)
+    facts = re.findall(r"magic number for (\w+) is (\d{5})\.", text)
+    assert len(facts) == 8
+    assert facts[4:] == [facts[i] for i in (2, 0, 3, 1)]
+    assert [a.text for a in sample.answers] == [number for _, number in facts[4:]]
+    assert len({key for key, _ in facts}) == 4
+
+
+def test_insert_keeps_every_token_of_the_haystack() -> None:
+    hay = list(range(20))
+    found = insert(hay, [[100, 101], [200]], [0.25, 0.5], 23)
+    assert found.index(100) == 5
+    assert found.index(200) == 11
+    assert [x for x in found if x < 100] == hay
+
+
+# --- few-shot -----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_label_follows_from_the_word_and_from_nothing_else(tokenizer: Any) -> None:
+    topic_of = {word: topic for topic, words in TOPICS.items() for word in words}
+    assert len(topic_of) == 100
+    [sample] = made("fewshot", tokenizer, 12001)
+    assert len(sample.answers) == 24
+    for answer in sample.answers:
+        assert topic_of[answer.question] == answer.text
+    examples = re.findall(r"Sentence: (.*)\nTopic: (\w+)", text_of(tokenizer, sample))
+    for sentence, label in examples[1:]:
+        assert not any(topic in sentence for topic in TOPICS)
+        assert [topic_of[word] for word in re.findall(r"\w+", sentence) if word in topic_of] == [label]
+
+
+# --- code ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_code_ends_with_the_module_and_scores_its_last_512_tokens(tokenizer: Any) -> None:
+    import argparse
+    from pathlib import Path
+
+    [sample] = made("code", tokenizer, 5009)
+    assert Path(argparse.__file__).read_text().endswith(text_of(tokenizer, sample)[10:])
+    assert [a.start for a in sample.answers] == list(range(5009 - 512, 5009))
+
+
+def test_more_code_samples_than_modules_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(OptionError, match="one per module"):
+        made("code", tokenizer, 2048, n=99)
+
+
+# --- RULER-like ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "n_keys"), [("niah_single", 1), ("niah_multikey", 4)])
+def test_the_key_that_is_asked_for_has_one_value(name: str, n_keys: int, chat_tokenizer: Any) -> None:
+    for sample in made(name, chat_tokenizer, 12001, n=3):
+        prompt = text_of(chat_tokenizer, sample, sample.n_prompt)
+        needles = dict(re.findall(r"The secret number of ([a-z-]+) is (\d{7})\.", prompt))
+        assert len(needles) == n_keys
+        found = re.search(r"What is the secret number of ([a-z-]+) in this text\?</user><assistant>The secret number of \1 in this text is$", prompt)
+        assert found is not None, "the question, the template and the begun reply must close the prompt"
+        assert needles[found[1]] == sample.answers[0].text
+        assert prompt.count(sample.answers[0].text) == 1
+
+
+def test_without_a_chat_template_the_question_stands_plainly(tokenizer: Any) -> None:
+    [sample] = made("niah_single", tokenizer, 5009)
+    assert text_of(tokenizer, sample, sample.n_prompt).startswith("Secret numbers are hidden")
+
+
+def test_the_chain_of_variables_leads_to_the_answers(chat_tokenizer: Any) -> None:
+    for sample in made("variable_tracking", chat_tokenizer, 12001, n=3):
+        prompt = text_of(chat_tokenizer, sample, sample.n_prompt)
+        asked = re.findall(r"have the value (\d+) in the text above\?", prompt)[-1]
+        values: dict[str, str] = {}
+        for name, value in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", prompt):
+            values[name] = values.get(value, value)
+        assert [name for name, value in values.items() if value == asked] == [a.text for a in sample.answers]
+        assert len(sample.answers) == 5
+        # names of the question are nowhere but in the assignments: the reply is not given away
+        assert prompt.count(sample.answers[-1].text) == 1
+
+
+# --- names --------------------------------------------------------------------------------------------------------------------
+
+
+def test_groups_stand_for_their_members() -> None:
+    assert expand_names(["ruler", "needle", "niah_single"]) == [*sorted(CHAT), "needle"]
+    assert expand_names(["all"]) == task_names()
+
+
+def test_an_unknown_task_is_told_the_closest_one() -> None:
+    with pytest.raises(OptionError, match="did you mean 'needle'"):
+        expand_names(["nedle"])

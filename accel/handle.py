@@ -29,6 +29,8 @@ class Handle:
         self.is_active = False
         self._undo_log: list[Callable[[], None]] = []
         self._switches: list[Callable[[bool], None]] = []
+        self._checks: list[Callable[[], str | None]] = []
+        self._pauses = 0
         self._observers: list[Callable[..., None]] = []
 
     # --- for hosts ------------------------------------------------------------------------------------------------------------
@@ -54,6 +56,10 @@ class Handle:
         """Registers `switch(is_on)`, called when the methods are paused and resumed."""
         self._switches.append(switch)
 
+    def on_report(self, check: Callable[[], str | None]) -> None:
+        """Registers `check()`, asked for every report: a sentence where something took the methods out of use, or None."""
+        self._checks.append(check)
+
     def notify(self, **event: Any) -> None:
         """Tells the observers of one sparse call."""
         for observer in self._observers:
@@ -72,21 +78,24 @@ class Handle:
                 errors.append(error)
         self.is_active = False
         self._switches.clear()
+        self._checks.clear()
         if errors:
             raise ExceptionGroup("undo could not restore everything", errors)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Runs the model as it was, for an A/B comparison without undoing."""
-        self._switch(False)
+        """Runs the model as it was, for an A/B comparison without undoing. May be nested: the outermost end resumes."""
+        self._pauses += 1
+        self._switch()
         try:
             yield
         finally:
-            self._switch(True)
+            self._pauses -= 1
+            self._switch()
 
-    def _switch(self, is_on: bool) -> None:
+    def _switch(self) -> None:
         for switch in self._switches:
-            switch(is_on)
+            switch(self._pauses == 0)
 
     @contextmanager
     def observe(self, observer: Callable[..., None]) -> Iterator[None]:
@@ -106,6 +115,7 @@ class Handle:
         lines = [f"{names} on {self.host}: {len(self.patched_layers)} of {n_layers} layers {state}"]
         lines += [f"skipped {_ranges(layers)}: {reason}" for reason, layers in _by_reason(self.skipped_layers).items()]
         lines += self.notices
+        lines += [trouble for check in self._checks if (trouble := check()) is not None]
         sparse = f"{total.sparse_calls} sparse" + (f" (density {self.stats.density:.2f})" if self.stats.density is not None else "")
         dense = [f"{count} dense ({reason})" for reason, count in total.dense_calls.most_common()]
         lines.append("calls: " + ", ".join([sparse, *dense]))

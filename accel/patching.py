@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel.errors import OptionError, UnsupportedError
 from accel.handle import Handle
-from accel.protocols import KVCompression, Method, SparseAttention
+from accel.protocols import KVCompression, Method, ModelInfo, SparseAttention
 from accel.registry import build, method_names
 
 if TYPE_CHECKING:
@@ -31,20 +31,20 @@ def apply(model: Any, method: Method | str | Recipe, *more: Method | str | Recip
     host = host_for(model)
     info = host.describe(model)
     name = host.__name__.split(".")[-2]
-    reasons = _conflicts(methods)
+    reasons = _conflicts(methods) + _missing_layers(methods, info)
     for m in methods:
         others = [o for o in methods if o is not m]
         reasons += [f"{m.method_name()}: {reason}" for reason in (*host.refusals(m), *m.supports(info, name, others))]
     if reasons:
         raise UnsupportedError(f"cannot apply {', '.join(m.method_name() for m in methods)} to this {info.family} model:", reasons)
     handle = Handle(methods, name)
+    handle.notices = [f"{m.method_name()}: {notice}" for m in methods if (notice := m.notice(info))]
     try:
         host.attach(model, [m.bind(info) for m in methods], info, handle)
     except BaseException:
         handle.undo()
         raise
     handle.is_active = True
-    handle.notices = [f"{m.method_name()}: {notice}" for m in methods if (notice := m.notice(info))]
     for notice in handle.notices:
         logger.warning(notice)
     return handle
@@ -83,6 +83,11 @@ def host_for(model: Any) -> ModuleType:
             return host
     known = ", ".join(str(host.ACCEPTS) for host in hosts())
     raise UnsupportedError(f"accel cannot patch an object of type {type(model).__module__}.{type(model).__qualname__}; it takes: {known}")
+
+
+def _missing_layers(methods: list[Method], info: ModelInfo) -> list[str]:
+    named = {i for m in methods if isinstance(m, SparseAttention) for i in m.dense_layers if i >= info.n_layers}
+    return [f"dense_layers names {', '.join(map(str, sorted(named)))}, but the model has {info.n_layers} layers"] if named else []
 
 
 def _conflicts(methods: list[Method]) -> list[str]:

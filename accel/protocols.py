@@ -173,9 +173,12 @@ class SparseAttention(Method):
 
     def __post_init__(self) -> None:
         name = self.method_name()
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        if self.min_seq_len is not None and self.min_seq_len < 0:
-            raise OptionError(f"{name}: min_seq_len must be None or at least 0, got {self.min_seq_len}")
+        layers = self.dense_layers
+        if not isinstance(layers, list | tuple) or not all(_is_whole(layer) and layer >= 0 for layer in layers):
+            raise OptionError(f"{name}: dense_layers must be a list of layer indices from 0 on, got {layers!r}")
+        object.__setattr__(self, "dense_layers", tuple(layers))
+        if self.min_seq_len is not None and not (_is_whole(self.min_seq_len) and self.min_seq_len >= 0):
+            raise OptionError(f"{name}: min_seq_len must be None or a whole number of tokens, 0 or more, got {self.min_seq_len!r}")
         for option, allowed in (("dense_kernel", ("original", "gemm")), ("precision", ("accurate", "fast"))):
             if getattr(self, option) not in allowed:
                 raise OptionError(f"{name}: {option} must be one of {', '.join(allowed)}, got {getattr(self, option)!r}")
@@ -206,6 +209,10 @@ class SparseAttention(Method):
     def static_pattern(self, step: AttentionStep) -> BlockPlan | None:
         """The plan where it depends on neither q nor k: planned once per step, before any graph replays. None: ask `plan`."""
         return None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # --- token pruning ------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,11 @@ def build(name: str, options: dict[str, Any] | None = None) -> Method:
     for field in fields(cls):
         if field.init and field.name not in (options or {}) and field.default is MISSING and field.default_factory is MISSING:
             raise OptionError(f"{name} needs the option {field.name!r}")
-    return cls(**(options or {}))
+    try:
+        return cls(**(options or {}))
+    except TypeError as error:
+        # an option of the wrong type that a method compares before it checks
+        raise OptionError(f"{name}: an option has a value of the wrong type ({error}); got {options}") from error
 
 
 def _own_names() -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from accel.errors import AccelError
 from accel.evals import plots
 from accel.evals.report_sections import Row, Table, milliseconds, number, ratio, score_cell, sections
 
+NEEDED_FOR_HTML = ("jinja2", "matplotlib")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -44,8 +46,19 @@ class Card:
     detail: str
 
 
+def require_packages() -> None:
+    """Raises AccelError with the command to run where a package for the HTML report is missing. Ask before a long measurement."""
+    missing = [name for name in NEEDED_FOR_HTML if importlib.util.find_spec(name) is None]
+    if missing:
+        raise AccelError(f"reports need {' and '.join(missing)}. Install with:\n    pip install {' '.join(missing)}")
+
+
 def write_reports(folder: str | Path) -> Reports:
-    """Reads `result.json` in `folder`, writes both reports beside it and returns their paths. Raises AccelError without a result."""
+    """Reads `result.json` in `folder`, writes both reports beside it and returns their paths.
+
+    Raises AccelError without a result, and without the packages of `require_packages`, then before anything is written.
+    """
+    require_packages()
     folder = Path(folder)
     source = folder / "result.json"
     if not source.exists():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 from support import tiny_llama
 from torch import Tensor, nn
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 import accel
 from accel.kernels.block_sparse import BlockPlan, ImplicitPlan, KeyView
+from accel.patches.hosts.transformers.layers import LAYERS
 from accel.protocols import AttentionContext, Keep, ModelInfo, PruningContext, RunDense, SparseAttention, Stage, TokenPruning
 
 
@@ -204,3 +208,111 @@ def test_stats_survive_a_reset_in_the_middle(model: nn.Module, ids: Tensor) -> N
         assert handle.stats.total.sparse_calls == 3
         # 7 blocks a side: sink and own block in every row, so 1 + 6 · 2 of 28 tiles
         assert handle.stats.density == pytest.approx(13 / 28)
+
+
+def test_a_model_thrown_away_while_patched_is_freed(ids: Tensor) -> None:
+    model = tiny_llama()
+    before = len(LAYERS)
+    accel.apply(model, Window(min_seq_len=0))
+    assert len(LAYERS) == before + 3
+    attention = weakref.ref(model.model.layers[0].self_attn)
+    del model
+    gc.collect()
+    assert attention() is None
+    assert len(LAYERS) == before
+
+
+@torch.no_grad()
+def test_the_handle_may_be_dropped_while_the_model_stays_patched(model: nn.Module, ids: Tensor) -> None:
+    dense = model(ids).logits
+    accel.apply(model, Window(min_seq_len=0))
+    gc.collect()
+    assert (model(ids).logits - dense).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_another_attention_chosen_while_patched_is_reported_and_kept(model: nn.Module, ids: Tensor) -> None:
+    handle = accel.apply(model, Window(min_seq_len=0))
+    model.set_attn_implementation("eager")
+    assert "set to 'eager' since" in handle.report()
+    handle.undo()
+    assert model.config._attn_implementation == "eager"
+    with accel.apply(model, Window(min_seq_len=0)) as again:
+        model(ids)
+        assert again.stats.total.sparse_calls == 3
+    assert model.config._attn_implementation == "eager"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [Window(min_seq_len=0), accel.PowerAttention(is_adapted=True, block_size=16, min_seq_len=0)], ids=["prefill", "decode"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_runs_sparse_in_its_own_type(model: nn.Module, ids: Tensor, method: SparseAttention, dtype: torch.dtype) -> None:
+    with accel.apply(model, method) as handle:
+        exact = model.generate(ids, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True).logits[-1]
+        handle.stats.reset()
+        with torch.autocast("cpu", dtype):
+            half = model.generate(ids, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True).logits[-1]
+        assert handle.stats.total.sparse_calls >= 3
+    torch.testing.assert_close(half.float(), exact, atol=0.03, rtol=0.05)
+
+
+@torch.no_grad()
+def test_a_decoding_step_with_a_mask_of_its_own_is_followed_row_by_row(model: nn.Module) -> None:
+    ids = torch.randint(2, 64, (2, 40), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones(2, 1, 1, 40, dtype=torch.bool)
+    mask[0, ..., 35:] = False
+
+    def decode() -> Tensor:
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :39], past_key_values=cache)
+        return model(ids[:, 39:], attention_mask=mask, past_key_values=cache, position_ids=torch.full((2, 1), 39)).logits
+
+    dense = decode()
+    for method in (accel.Dense(dense_kernel="gemm"), accel.PowerAttention(is_adapted=True, min_seq_len=0)):
+        with accel.apply(model, method):
+            torch.testing.assert_close(decode(), dense, atol=1e-6, rtol=1e-5)
+
+
+def test_a_failing_notice_leaves_the_model_untouched(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot(model)
+    monkeypatch.setattr(Window, "notice", lambda self, info: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        accel.apply(model, Window())
+    assert snapshot(model) == before
+
+
+def test_a_model_without_attention_is_refused_with_the_reason() -> None:
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(accel.UnsupportedError, match="attention"):
+        accel.apply(mamba, "flexprefill")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dense_layers": [-1]}, "dense_layers"),
+        ({"dense_layers": "01"}, "dense_layers"),
+        ({"dense_layers": 3}, "dense_layers"),
+        ({"min_seq_len": True}, "min_seq_len"),
+        ({"min_seq_len": 0.5}, "min_seq_len"),
+        ({"min_seq_len": "4k"}, "min_seq_len"),
+    ],
+    ids=str,
+)
+def test_shared_options_out_of_range_raise(options: dict, message: str) -> None:
+    with pytest.raises(accel.OptionError, match=message):
+        Window(**options)
+
+
+def test_dense_layers_that_do_not_exist_are_refused(model: nn.Module) -> None:
+    with pytest.raises(accel.UnsupportedError, match="names 99"):
+        accel.apply(model, Window(dense_layers=(0, 99)))
+
+
+@torch.no_grad()
+def test_scaled_rotary_positions_count(ids: Tensor) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    model = tiny_llama(max_position_embeddings=64, rope_parameters=rope)
+    with accel.apply(model, Window(min_seq_len=0)) as handle:
+        model(ids)
+        assert handle.stats.total.sparse_calls == 3

@@ -65,6 +65,16 @@ def test_pausing_switches_off_and_on_also_after_an_error(handle: Handle) -> None
     assert switched == [False, True]
 
 
+def test_nested_pauses_end_with_the_outermost_one(handle: Handle) -> None:
+    switched: list[bool] = []
+    handle.on_pause(switched.append)
+    with handle.paused():
+        with handle.paused():
+            pass
+        assert not any(switched)
+    assert switched[-1]
+
+
 def test_report_groups_skipped_layers_and_counts_calls(handle: Handle) -> None:
     handle.patched_layers = [1, 2, 4]
     handle.skipped_layers = {0: "sliding window", 3: "sliding window"}

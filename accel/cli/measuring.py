@@ -73,7 +73,13 @@ def choose_dtype(asked: str, device: str) -> tuple[str, str]:
 
 
 def new_folder(command: str, out: str | None) -> Path:
-    """A fresh folder for one run: `out`, or runs/<date>-<command>. One that holds files already is refused."""
+    """A fresh folder for one run: `out`, or runs/<date>-<command>. One that holds files already is refused.
+
+    So is a run that could not write its reports in the end: AccelError names the missing packages before anything is measured.
+    """
+    from accel.evals.report import require_packages
+
+    require_packages()
     folder = Path(out) if out else Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{command}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise AccelError(f"{folder} exists already and is not an empty folder: choose another with --out")

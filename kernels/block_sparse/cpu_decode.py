@@ -28,6 +28,12 @@ def is_decode(rows: Rows) -> bool:
 def attend_decode(problem: Problem) -> None:
     """Writes the rows of one sequence. Heads with different lists read the union of them, masked."""
     rows, group = problem.rows, problem.group
+    here = slice(rows.q_start, rows.q_start + rows.q_len)
+    if problem.mask is not None and not problem.mask.any():
+        problem.out[here] = 0
+        if problem.lse is not None:
+            problem.lse[:, here] = -torch.inf
+        return
     if problem.mask is None:
         k, v = problem.keys.tokens(rows.index)
         token = None
@@ -36,7 +42,6 @@ def attend_decode(problem: Problem) -> None:
         k, v = problem.keys.gather(rows.index, blocks, problem.block_size)
         token = (blocks[:, None] * problem.block_size + torch.arange(problem.block_size)).flatten()
     # (L, Hkv · G, D) -> (Hkv, G · L, D)
-    here = slice(rows.q_start, rows.q_start + rows.q_len)
     q = problem.q[here].transpose(0, 1).reshape(-1, group * rows.q_len, problem.q.shape[2])
     scores = products(q, k, problem).mul_(problem.scale)
     finish_scores(scores, problem.softcap)

@@ -222,7 +222,7 @@ def _best_ms(runs: dict[str, Callable[[], object]], rounds: int = 5) -> dict[str
 
 _precision_lock = threading.Lock()
 _n_inside = 0
-_precision_before = "highest"
+_before: tuple[str, str, str] = ("highest", "none", "none")
 
 
 @contextlib.contextmanager
@@ -230,9 +230,9 @@ def fp32_products_routed(is_routed: bool) -> Iterator[None]:
     """Sends fp32 products to oneDNN while inside, where `is_routed`; the process-wide setting is given back at the end, errors included.
 
     Uses torch's older setter: after the newer one the older *getter* raises, and other libraries call it. Where somebody has used the newer
-    one already, the setting is theirs and stays.
+    one already, the setting is theirs and stays. The older setter writes the backends' own settings too, so these are given back as well.
     """
-    global _n_inside, _precision_before
+    global _n_inside, _before
     try:
         is_ours = is_routed and bool(torch.get_float32_matmul_precision())
     except RuntimeError:
@@ -243,7 +243,7 @@ def fp32_products_routed(is_routed: bool) -> Iterator[None]:
     # threads may be inside at once: the first one in remembers the setting, the last one out restores it
     with _precision_lock:
         if _n_inside == 0:
-            _precision_before = torch.get_float32_matmul_precision()
+            _before = _read_precision()
             torch.set_float32_matmul_precision("medium")
         _n_inside += 1
     try:
@@ -252,4 +252,15 @@ def fp32_products_routed(is_routed: bool) -> Iterator[None]:
         with _precision_lock:
             _n_inside -= 1
             if _n_inside == 0:
-                torch.set_float32_matmul_precision(_precision_before)
+                _write_precision(*_before)
+
+
+def _read_precision() -> tuple[str, str, str]:
+    backends = torch.backends
+    return torch.get_float32_matmul_precision(), backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision
+
+
+def _write_precision(everywhere: str, mkldnn: str, cuda: str) -> None:
+    torch.set_float32_matmul_precision(everywhere)
+    torch.backends.mkldnn.matmul.fp32_precision = mkldnn
+    torch.backends.cuda.matmul.fp32_precision = cuda

@@ -12,6 +12,8 @@ from tiny_llama import save_tiny
 
 from accel.cli.main import main
 
+pytest.importorskip("matplotlib")
+
 BASE = ("dense (sdpa)", "dense (gemm)")
 SPARSE = "flexprefill:min_seq_len=0,min_budget=128,gamma=0.6"
 

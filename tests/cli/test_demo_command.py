@@ -16,6 +16,8 @@ from accel.cli.main import main
 from accel.evals.demo import Case, run_demo
 from accel.evals.models import LoadedModel
 
+pytest.importorskip("matplotlib")
+
 CASES = (Case("needle", 1536, "needles found"), Case("fewshot", 4096, "labels right", shorter_tokens=2560), Case("needle", 1024, None))
 
 

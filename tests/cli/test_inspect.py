@@ -11,6 +11,8 @@ from tiny_llama import save_tiny
 from accel.cli.inspect import as_ranges
 from accel.cli.main import main
 
+pytest.importorskip("matplotlib")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

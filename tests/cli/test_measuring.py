@@ -16,6 +16,8 @@ from accel.cli.measuring import choose_dtype, finish_run, merge_settings, new_fo
 from accel.cli.table import format_table
 from accel.errors import AccelError, OptionError
 
+pytest.importorskip("matplotlib")
+
 MEASURING = ("bench", "demo", "env", "inspect")
 
 
@@ -50,6 +52,13 @@ def test_a_folder_with_files_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(AccelError, match="--out"):
         new_folder("bench", str(tmp_path))
     assert new_folder("bench", str(tmp_path / "new" / "run")).is_dir()
+
+
+def test_a_run_that_could_not_be_reported_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accel.evals.report.NEEDED_FOR_HTML", ("no_such_package",))
+    with pytest.raises(AccelError, match="pip install no_such_package"):
+        new_folder("bench", str(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_folder_carries_date_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

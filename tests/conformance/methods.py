@@ -20,13 +20,12 @@ SPARSE: dict[str, Any] = {
     "min_budget": 16,
     "min_q": 1,
     "gamma": 0.4,
-    "density": 0.6,
     "full_layers": "none",
 }
 KEEP_ALL: dict[str, Any] = {"gamma": 1.0, "density": 1.0, "window_blocks": 64}
 
 # Settings that change which calls are sparse, tried beside the defaults.
-VARIANTS: dict[str, dict[str, Any]] = {"is_adapted": {"is_adapted": True}, "gqa_mode": {"gqa_mode": "group_union"}}
+VARIANTS: dict[str, dict[str, Any]] = {"is_adapted": {"is_adapted": True}, "gqa_mode": {"gqa_mode": "group_union"}, "density": {"density": 0.6}}
 
 NEVER_SPARSE = {"dense"}
 

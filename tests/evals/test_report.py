@@ -14,6 +14,8 @@ from accel.errors import AccelError
 from accel.evals.report import render_html, render_markdown, write_reports
 from accel.evals.report_sections import accuracy_table, answer_table, headlines, latency_table, mebibytes, milliseconds
 
+pytest.importorskip("matplotlib")
+
 BASE = ("dense (sdpa)", "dense (gemm)")
 
 
@@ -145,6 +147,14 @@ def test_without_a_result_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(AccelError, match=r"result\.json"):
         write_reports(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accel.evals.report.NEEDED_FOR_HTML", ("json", "no_such_package"))
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(AccelError, match="pip install no_such_package"):
+        write_reports(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_headline_names_both_ratios_and_only_sparse_runs(result: dict[str, Any]) -> None:

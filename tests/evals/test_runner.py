@@ -17,7 +17,7 @@ from accel.evals.results import RunFolder
 from accel.evals.runner import run_accuracy
 from accel.evals.scoring import Scored
 
-TOKENS = 1536
+TOKENS = 1024
 CONTROLS = ("streaming", "random_blocks")
 CONFIG = {"model": "tiny"}
 
@@ -28,12 +28,16 @@ def loaded() -> LoadedModel:
 
 
 def variants() -> dict[str, list[Any]]:
-    return {"flexprefill": [accel.FlexPrefill(gamma=0.6, min_budget=128, block_size=64, min_seq_len=0)], "powerattention": [accel.PowerAttention(min_seq_len=0)]}
+    return {
+        "flexprefill": [accel.FlexPrefill(gamma=0.6, min_budget=128, block_size=64, min_seq_len=0)],
+        "narrow": [accel.Streaming(window_blocks=2, block_size=64, min_seq_len=0)],
+    }
 
 
 def run(loaded: LoadedModel, folder: RunFolder, **changes: Any) -> list[dict[str, Any]]:
     settings: dict[str, Any] = {"n": 2, "seed": 0, "controls": CONTROLS, "progress": False, **changes}
-    return run_accuracy(loaded, settings.pop("methods", variants()), settings.pop("tasks", ["needle"]), settings.pop("lengths", [TOKENS]), folder=folder, **settings)
+    methods, tasks, lengths = (settings.pop(name, usual) for name, usual in (("methods", variants()), ("tasks", ["needle"]), ("lengths", [TOKENS])))
+    return run_accuracy(loaded, methods, tasks, lengths, folder=folder, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def finished(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> t
 
 
 def test_dense_methods_and_controls_all_have_a_row(finished: tuple[RunFolder, list[dict[str, Any]]]) -> None:
-    labels = ["dense", "flexprefill", "powerattention", "streaming (same density)", "random_blocks (same density)"]
+    labels = ["dense", "flexprefill", "narrow", "streaming (same density)", "random_blocks (same density)"]
     assert [(row["task"], row["label"]) for row in finished[1]] == [(task, label) for task in ("needle", "niah_single") for label in labels]
     assert {row["n_prompts"] for row in finished[1]} == {2}
     assert {row["n"] for row in finished[1] if row["task"] == "needle"} == {8}
@@ -128,7 +132,7 @@ def test_without_sparse_calls_the_controls_run_dense_too(loaded: LoadedModel, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lengths": [1536, 8192]}, "holds 4096 tokens, asked for prompts of 8192"),
+        ({"lengths": [TOKENS, 8192]}, "holds 4096 tokens, asked for prompts of 8192"),
         ({"tasks": ["nedle"]}, "did you mean 'needle'"),
         ({"n": 0}, "at least 1"),
         ({"controls": ("powerattention",)}, "no option 'density'"),

@@ -102,12 +102,11 @@ def generator(request: pytest.FixtureRequest) -> Any:
         return tiny_model()
     # a sliding cache has forgotten what lies before its window, so that it cannot be cut back
     torch.manual_seed(0)
-    return MistralForCausalLM(
-        MistralConfig(
-            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            sliding_window=16, bos_token_id=None, eos_token_id=None,
-        )  # fmt: skip
-    ).eval()
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=16, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return MistralForCausalLM(config).eval()
 
 
 def test_the_reply_is_greedy_and_does_not_see_the_right_answer(generator: Any) -> None:

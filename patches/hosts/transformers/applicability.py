@@ -56,11 +56,15 @@ def why_dense(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwa
         return "no query rows"
     if k.shape[3] != v.shape[3]:
         return "value head size differs from key head size"
+    if q.dtype != k.dtype or k.dtype != v.dtype:
+        return "queries, keys and values differ in type"
     return _why_dense_mask(q, k, mask)
 
 
 def _why_dense_mask(q: Tensor, k: Tensor, mask: Any) -> str | None:
     if isinstance(mask, LazyMask):
+        if isinstance(mask.q_offset, int) and k.shape[2] < mask.q_offset + q.shape[2]:
+            return "fewer keys than the mask counts"
         return None if mask.is_plain_causal else "mask is not plain causal"
     if isinstance(mask, Tensor):
         # one decoding step on a static cache: the row itself says which keys exist

@@ -97,6 +97,9 @@ def as_tokens(call: Call) -> tuple[Tensor, ContiguousKeys, Ragged] | None:
         if runs is None:
             return None
         start, end = runs
+        # one decoding step whose mask ends before the last key: only the mask says what the query sees
+        if length == 1 and bool((end != call.total).any()):
+            return None
     # rows of this call before the first or behind the last token of their sequence are padding
     first, last = ((t - call.offset).clamp(0, length) for t in (start, end))
     rows = torch.arange(batch, device=device) * length + first

@@ -54,18 +54,19 @@ def dispatcher_for(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]
         slot: Slot | None = getattr(module, SLOT, None)
         if slot is None or slot.key not in LAYERS or not slot.is_on:
             return _run_original(original, module, query, key, value, attention_mask, scaling, kwargs)
-        reason = why_dense(module, query, key, value, attention_mask, kwargs)
+        q, k, v = _as_autocast_would(query, key, value)
+        reason = why_dense(module, q, k, v, attention_mask, kwargs)
         if reason is None and not torch.compiler.is_compiling():
-            reason = _why_dense_now(slot, query, key, attention_mask)
+            reason = _why_dense_now(slot, q, k, attention_mask)
         if reason is not None:
             if torch.compiler.is_compiling():
                 torch.ops.accel.count_dense(slot.ticks, slot.key, reason)
             else:
                 LAYERS[slot.key].stats.dense_calls[reason] += 1
             return _run_original(original, module, query, key, value, attention_mask, scaling, kwargs)
-        valid, live_offset, offset = _where(query, key, attention_mask)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return torch.ops.accel.attention(query, key, value, valid, live_offset, offset, slot.key, scale, kwargs.get("softcap")), None
+        valid, live_offset, offset = _where(q, k, attention_mask)
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        return torch.ops.accel.attention(q, k, v, valid, live_offset, offset, slot.key, scale, kwargs.get("softcap")), None
 
     return accel_attention
 
@@ -78,8 +79,24 @@ def _why_dense_now(slot: Slot, query: Tensor, key: Tensor, mask: Any) -> str | N
     state = LAYERS[slot.key]
     if state.method.dense_kernel == "gemm" and query.device.type == "cpu":
         return None
-    kv_len = int(mask.q_offset) + query.shape[2] if isinstance(mask, LazyMask) else key.shape[2]
-    return why_method_dense(state, query, kv_len)
+    return why_method_dense(state, query, _live_length(query, key, mask))
+
+
+def _live_length(query: Tensor, key: Tensor, mask: Any) -> int:
+    """Keys up to the last query: fewer than the key tensor holds on a static cache."""
+    if isinstance(mask, LazyMask):
+        return int(mask.q_offset) + query.shape[2]
+    if isinstance(mask, Tensor) and mask.device.type == "cpu":
+        return int(mask.any(0).flatten().nonzero()[-1]) + 1 if mask.any() else 0
+    return key.shape[2]
+
+
+def _as_autocast_would(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The types in which autocast would run attention: rotary embeddings leave q and k in fp32 beside a v of half the size."""
+    if not torch.is_autocast_enabled(q.device.type):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(q.device.type)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def _where(query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor | None, Tensor | None, int]:

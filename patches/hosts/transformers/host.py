@@ -6,6 +6,7 @@ import hashlib
 import sys
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +50,12 @@ def describe(model: Any) -> ModelInfo:
         family=base.config.model_type,
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=int(getattr(text, "num_key_value_heads", None) or n_heads),
+        n_kv_heads=int(getattr(text, "num_key_value_heads", None) or n_heads or 1),
         head_dim=int(head_dim or getattr(text, "head_dim", None) or text.hidden_size // max(n_heads, 1)),
         layer_types=tuple(_layer_type(text, i) for i in range(n_layers)),
         device=base.device.type,
         dtype=str(base.dtype).removeprefix("torch."),
-        max_positions=getattr(text, "max_position_embeddings", None),
+        max_positions=_max_positions(text),
         has_vision=hasattr(base.config, "vision_config"),
         fingerprint=lambda: fingerprint(base),
     )
@@ -78,6 +79,8 @@ def _patch_attention(base: nn.Module, modules: list[nn.Module], method: SparseAt
     from accel.patches.hosts.transformers.implementation import switch_implementation
     from accel.patches.hosts.transformers.layers import SLOT, LayerState, Slot, add_layer, original_attention, remove_layer
 
+    # the fingerprint function holds the model, and the layers' states must not
+    info = replace(info, fingerprint=None)
     slots = []
     for module in modules:
         current: str = module.config._attn_implementation  # type: ignore[union-attr, assignment]
@@ -88,9 +91,9 @@ def _patch_attention(base: nn.Module, modules: list[nn.Module], method: SparseAt
         layer: int = module.layer_idx  # type: ignore[assignment]
         state = LayerState(
             method=method, module=weakref.ref(module), layer=layer, info=info, original=original,
-            original_function=function, handle=handle, skip_reason=_why_skipped(module, info, layer),
+            original_function=function, handle_ref=weakref.ref(handle), skip_reason=_why_skipped(module, info, layer),
         )  # fmt: skip
-        slot = Slot(add_layer(state))
+        slot = Slot(add_layer(state), handle)
         slots.append(slot)
         handle.on_undo(partial(remove_layer, slot.key))
         handle.set_attr(module, SLOT, slot)
@@ -152,6 +155,15 @@ def _decoder(base: Any) -> Any:
     """The text decoder; the model itself where transformers names none."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     return base if decoder is None else decoder
+
+
+def _max_positions(text_config: Any) -> int | None:
+    """Positions the model was made for; some kinds of RoPE scaling leave `max_position_embeddings` at the unscaled number."""
+    positions = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if positions is None or not isinstance(rope.get("factor"), int | float):
+        return positions
+    return max(positions, int(rope.get("original_max_position_embeddings", positions) * rope["factor"]))
 
 
 def _layer_type(text_config: Any, layer: int) -> str:

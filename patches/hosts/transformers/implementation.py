@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from accel.handle import Handle
@@ -20,22 +22,41 @@ _SWITCHED: dict[int, _Switched] = {}
 
 
 def switch_implementation(config: Any, name: str, handle: Handle) -> None:
-    """Sets the config's attention implementation to `name` until the last handle that asked for it is undone.
+    """Sets the config's attention implementation to `name` until the last handle that asked for it is undone or thrown away.
 
     The second of two models that share a config finds the name set already; the first one's undo must not take it away.
     """
     entry = _SWITCHED.get(id(config))
-    if entry is None:
-        entry = _SWITCHED[id(config)] = _Switched(config, config._attn_implementation_internal, name)
-        config._attn_implementation_internal = name
-    if id(handle) in entry.users:
+    if entry is not None and id(handle) in entry.users:
         return
+    current = config._attn_implementation_internal
+    if entry is None:
+        entry = _SWITCHED[id(config)] = _Switched(config, current, name)
+    elif current != entry.name:
+        # somebody called set_attn_implementation since: theirs is what the last undo gives back
+        entry.original, entry.name = current, name
+    config._attn_implementation_internal = name
     entry.users.add(id(handle))
-
-    def release() -> None:
-        entry.users.discard(id(handle))
-        if not entry.users:
-            config._attn_implementation_internal = entry.original
-            del _SWITCHED[id(config)]
-
+    release = partial(_release, id(config), id(handle))
     handle.on_undo(release)
+    handle.on_report(partial(_why_out_of_use, entry))
+    weakref.finalize(handle, release)
+
+
+def _release(config_id: int, handle_id: int) -> None:
+    entry = _SWITCHED.get(config_id)
+    if entry is None or handle_id not in entry.users:
+        return
+    entry.users.discard(handle_id)
+    if not entry.users:
+        # a choice made while the model was patched stays
+        if entry.config._attn_implementation_internal == entry.name:
+            entry.config._attn_implementation_internal = entry.original
+        del _SWITCHED[config_id]
+
+
+def _why_out_of_use(entry: _Switched) -> str | None:
+    current = entry.config._attn_implementation_internal
+    if current == entry.name:
+        return None
+    return f"not in use: the model's attention was set to {current!r} since; undo and apply again"

@@ -28,8 +28,10 @@ class Slot:
     ticks: a one-element tensor that the counting operator pretends to change, so that compilers keep it.
     """
 
-    def __init__(self, key: int) -> None:
+    def __init__(self, key: int, handle: Handle | None = None) -> None:
         self.key = key
+        # keeps the handle alive as long as the model; `LAYERS` must not, or a model thrown away while patched would stay
+        self.handle = handle
         self.is_on = True
         self.ticks = torch.zeros((), dtype=torch.int64)
 
@@ -50,8 +52,14 @@ class LayerState:
     info: ModelInfo
     original: str
     original_function: Callable[..., Any]
-    handle: Handle
+    handle_ref: weakref.ref[Handle]
     skip_reason: str | None = None      # the whole layer stays dense
+
+    @property
+    def handle(self) -> Handle:
+        handle = self.handle_ref()
+        assert handle is not None  # the module's slot holds it
+        return handle
 
     @property
     def stats(self) -> LayerStats:

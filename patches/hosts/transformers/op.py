@@ -22,7 +22,9 @@ def attention(
     The first query stands at `live_offset`, a static cache's counter, or else at `offset`.
     """
     start = offset if live_offset is None else int(live_offset)
-    return attend(LAYERS[key], Call(q, k, v, valid, start, scale, softcap)).contiguous()
+    # the inputs have their final types; autocast would undo the executors' choice of precision
+    with torch.autocast(q.device.type, enabled=False):
+        return attend(LAYERS[key], Call(q, k, v, valid, start, scale, softcap)).contiguous()
 
 
 @attention.register_fake
@@ -53,7 +55,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, valid, live_offset = ctx.saved_tensors
     start = ctx.offset if live_offset is None else int(live_offset)
     counted = state.stats.dense_calls.copy()
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(q.device.type, enabled=False):
         q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
         out = attend(state, Call(q, k, v, valid, start, ctx.scale, ctx.softcap), is_differentiable=True)
     # this call was counted when its forward ran

@@ -222,3 +222,15 @@ def test_dense_attention_of_a_whole_batch(case):
     real = one.real_rows()
     assert (out - want).abs().max() <= 1e-5
     assert (lse - want_lse)[:, real].abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [4, 40], ids=["decode", "prefill"])
+def test_a_plan_without_any_block_gives_zero_and_no_mass(dtype: torch.dtype, length: int) -> None:
+    lens = Ragged.of([length], [64])
+    q, k = torch.randn(length, 2, 16).to(dtype), torch.randn(64, 2, 16).to(dtype)
+    keys = ContiguousKeys(k=k, v=k, start=torch.zeros(1, dtype=torch.int64), kv_len=lens.kv_len)
+    nothing = torch.zeros(1, 2, 4, dtype=torch.bool)
+    out, lse = block_sparse_attention(q, keys, VerticalSlashPlan(16, nothing, nothing), lens, scale=0.25, return_lse=True)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()

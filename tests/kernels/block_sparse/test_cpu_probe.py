@@ -167,3 +167,14 @@ def test_somebodys_newer_setting_is_left_alone(monkeypatch):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda value: pytest.fail("set although it is not ours"))
     with fp32_products_routed(True):
         pass
+
+
+def test_routing_gives_back_the_backends_own_settings() -> None:
+    def settings() -> tuple[str, str, str]:
+        matmul = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+        return (torch.get_float32_matmul_precision(), *matmul)
+
+    before = settings()
+    with fp32_products_routed(True):
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert settings() == before

@@ -1,4 +1,4 @@
-"""The environment variables that accel reads, all of them here. None of them changes a result."""
+"""The environment variables that accel reads, all of them here. They say where measurements are kept and how errors look."""
 
 from __future__ import annotations
 

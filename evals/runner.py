@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import accel
@@ -128,14 +128,19 @@ def _methods_for(key: SampleKey, methods: Mapping[str, Sequence[Method]], contro
     if found is None:
         raise AccelError(f"{key.label} needs the density of {reference} on {key.task} at {key.tokens} tokens, prompt {key.sample}, which was not run")
     sparse = next(m for m in methods[reference] if isinstance(m, SparseAttention))
-    # where the reference ran dense throughout, so does its control
-    return [_control(name, sparse, 1.0 if found.density is None else found.density)]
+    if found.density is None:
+        # where the reference ran dense throughout, so does its control
+        return [_control(name, sparse, 1.0)]
+    # whatever length its own crossover names, a control of a sparse run runs sparse
+    return [replace(_control(name, sparse, found.density), min_seq_len=0)]
 
 
-def _control(name: str, reference: SparseAttention, density: float) -> Method:
+def _control(name: str, reference: SparseAttention, density: float) -> SparseAttention:
     known = {f.name for f in fields(method_class(name))}
     shared = {option: value for option, value in reference.options().items() if option in _SHARED and option in known and value is not None}
-    return build(name, {**shared, "density": density})
+    control = build(name, {**shared, "density": density})
+    assert isinstance(control, SparseAttention)
+    return control
 
 
 def _measure(loaded: LoadedModel, key: SampleKey, sample: Sample, methods: Sequence[Method]) -> SampleRecord:

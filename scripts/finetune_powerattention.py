@@ -1,10 +1,11 @@
 """Adapts a model to PowerAttention's mask with the Hugging Face Trainer, on passkeys made by code.
 
-Without arguments: a tiny random Llama, about a minute on two cores. The passkey lies anywhere in the text, mostly outside every block that
-the last query sees, so that the answer has to travel through several layers. `--model` takes any path or hub id; then raise `--length`
-and `--block-size` to what the model shall serve, and mix in your own data: passkeys teach the mask, not the language.
+Without arguments: a tiny random Llama, about a minute on two cores. The passkey lies anywhere in the text, often outside every block that
+the last query sees, so that the answer has to travel through several layers. Texts grow in four stages to the full length, as in the
+paper's curriculum. `--model` takes any path or hub id; then raise `--length` and `--block-size` to what the model shall serve, and mix in
+your own data: passkeys teach the mask, not the language.
 
-    python scripts/finetune_powerattention.py --steps 400 --out adapted
+    python scripts/finetune_powerattention.py --steps 320 --out adapted
 """
 
 from __future__ import annotations
@@ -49,30 +50,32 @@ class Passkeys(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """A random Llama of four layers and 0.2 M parameters."""
+    """A random Llama of three layers, as many as the default length needs for information to reach its end from everywhere."""
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=4096, pad_token_id=0, bos_token_id=None, eos_token_id=None, use_cache=False,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
 
-def finetune(model: PreTrainedModel, data: Passkeys, *, steps: int, batch_size: int = 16, learning_rate: float = 2e-3, folder: Path) -> list[float]:
-    """Trains `model` in place, under whatever is applied to it, and returns the logged losses, ten to a run."""
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 20),
-        logging_steps=max(1, steps // 10),
-        save_strategy="no",
-        report_to=[],
-        seed=0,
-    )
-    trainer = Trainer(model=model, args=arguments, train_dataset=data)
-    trainer.train()
+def finetune(model: PreTrainedModel, data: Passkeys, *, steps: int, batch_size: int, learning_rate: float) -> list[float]:
+    """Trains `model` in place, under whatever is applied to it, and returns about ten losses of the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup_steps=max(1, steps // 10),
+            logging_steps=max(1, steps // 10),
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            seed=0,
+        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -89,37 +92,41 @@ def main() -> int:
     options = parsed()
     set_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32) if options.model else tiny_llama()
-    sizes = {"length": options.length, "vocab_size": model.config.get_text_config().vocab_size}
-    train, test = Passkeys(options.steps * options.batch_size, seed=0, **sizes), Passkeys(128, seed=1, **sizes)
+    vocab_size = model.config.get_text_config().vocab_size
+    test = Passkeys(128, options.length, vocab_size=vocab_size, seed=0)
     # an adapted model sees its mask at every length, hence no minimum
     method = accel.PowerAttention(block_size=options.block_size, is_adapted=True, min_seq_len=0)
     started = time.perf_counter()
-    with accel.apply(model, method) as handle, tempfile.TemporaryDirectory() as folder:
+    with accel.apply(model, method) as handle:
         before = share_found(model, test)
-        losses = finetune(
-            model, train, steps=options.steps, batch_size=options.batch_size, learning_rate=options.learning_rate, folder=Path(folder)
-        )
+        for stage, length in enumerate([options.length // 8, options.length // 4, options.length // 2, options.length], start=1):
+            # short texts come in larger batches, so that every step sees about as many tokens
+            batch_size = min(options.batch_size * options.length // length, 8 * options.batch_size)
+            steps = options.steps // 4
+            data = Passkeys(steps * batch_size, length, vocab_size=vocab_size, seed=stage)
+            losses = finetune(model, data, steps=steps, batch_size=batch_size, learning_rate=options.learning_rate)
+            print(f"{length} tokens: loss {losses[0]:.3f} -> {losses[-1]:.3f} after {time.perf_counter() - started:.0f} s", flush=True)
+        handle.stats.reset()
         after = share_found(model, test)
         print(handle.report())
         with handle.paused():
             dense = share_found(model, test)
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {time.perf_counter() - started:.0f} s")
     print(f"passkeys found: {before:.0%} before, {after:.0%} after; {dense:.0%} with dense attention (chance {1 / len(PASSKEYS):.0%})")
     if options.out:
         model.save_pretrained(options.out)
         recipe = accel.Recipe.of(method).save(Path(options.out) / "accel.yaml")
-        print(f"wrote {options.out}; serve it with accel.apply(model, accel.Recipe.load({str(recipe)!r}))")
+        print(f"wrote {options.out}; run it with accel.apply(model, accel.Recipe.load({str(recipe)!r}))")
     return 0
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="path or hub id; default: a tiny random Llama")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="default: %(default)s, for the tiny model; 1e-5 suits a real one")
-    parser.add_argument("--length", type=int, default=256, help="tokens; beyond 6 blocks the mask hides something")
-    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=320, help="in all four stages together; default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=8, help="at the full length; default: %(default)s")
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="default: %(default)s, for the tiny model; 1e-5 suits a real one")
+    parser.add_argument("--length", type=int, default=256, help="tokens, of which 6 blocks are dense; default: %(default)s")
+    parser.add_argument("--block-size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--out", help="folder for the adapted model and its recipe")
     return parser.parse_args()
 

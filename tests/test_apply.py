@@ -244,7 +244,9 @@ def test_another_attention_chosen_while_patched_is_reported_and_kept(model: nn.M
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", [Window(min_seq_len=0), accel.PowerAttention(is_adapted=True, block_size=16, min_seq_len=0)], ids=["prefill", "decode"])
+@pytest.mark.parametrize(
+    "method", [Window(min_seq_len=0), accel.PowerAttention(is_adapted=True, block_size=16, min_seq_len=0)], ids=["prefill", "decode"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_runs_sparse_in_its_own_type(model: nn.Module, ids: Tensor, method: SparseAttention, dtype: torch.dtype) -> None:
     with accel.apply(model, method) as handle:

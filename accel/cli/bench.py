@@ -19,7 +19,7 @@ from accel.cli.measuring import (
     progress_bar,
     settle_threads,
 )
-from accel.cli.options import parse_length, read_variants
+from accel.cli.options import parse_lengths, read_variants
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
     """Measures, prints the tables and writes the run folder. 0 when every part was measured for every method and length."""
     settings = merge_settings(args, DEFAULTS)
     settle_threads(settings["threads"])
-    variants, lengths, parts = read_variants(settings), _lengths(settings), _parts(settings)
+    variants, lengths, parts = read_variants(settings), parse_lengths(settings["lengths"]), _parts(settings)
     shape = _operator_shape(settings)
     if args.dry_run:
         print_settings(settings)
@@ -191,12 +191,6 @@ def _numbers(settings: Mapping[str, Any], key: str) -> list[float]:
         return [float(item) for item in (given if isinstance(given, list) else str(given).split(","))]
     except ValueError as error:
         raise OptionError(f"--{key} takes numbers separated by commas, got {given!r}") from error
-
-
-def _lengths(settings: Mapping[str, Any]) -> list[int]:
-    given = settings["lengths"]
-    items = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
-    return sorted({parse_length(str(item)) for item in items})
 
 
 def _parts(settings: Mapping[str, Any]) -> list[str]:

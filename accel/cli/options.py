@@ -45,6 +45,17 @@ def parse_length(text: str) -> int:
     return int(found[1]) * _UNITS[found[2]]
 
 
+def split_items(given: Any) -> list[str]:
+    """The items of a comma-separated text, a list, or a single value, as settings files and flags bring them."""
+    items = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
+    return [str(item).strip() for item in items if str(item).strip()]
+
+
+def parse_lengths(given: Any) -> list[int]:
+    """Lengths in tokens, ascending, each once: `"2k,4k"`, `[2048, "4k"]` or `4096`."""
+    return sorted({parse_length(item) for item in split_items(given)})
+
+
 def read_variants(settings: Mapping[str, Any]) -> dict[str, list[Method]]:
     """Methods by label, from the settings `method` and `recipe`; without either the model's own recipe, or FlexPrefill where it has none."""
     from accel.evals.latency import describe_method

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.cli.measuring import choose_dtype, describe_run, merge_settings, new_folder, print_settings, settle_threads
+from accel.cli.options import parse_lengths, read_variants, split_items
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -55,11 +56,10 @@ def main(args: argparse.Namespace) -> int:
     if settings["limit"] is not None and settings["limit"] < 1:
         raise OptionError(f"--limit must be at least 1, got {settings['limit']}")
     settle_threads(settings["threads"])
-    from accel.cli.options import parse_length, read_variants
     from accel.evals.tasks import expand_names
 
     variants = read_variants(settings)
-    tasks, lengths = expand_names(_items(settings["tasks"])), sorted({parse_length(item) for item in _items(settings["lengths"])})
+    tasks, lengths = expand_names(split_items(settings["tasks"])), parse_lengths(settings["lengths"])
     controls = _controls(settings["controls"], variants)
     if args.dry_run:
         print_settings(settings)
@@ -130,14 +130,8 @@ def _controls(asked: Any, variants: Mapping[str, Sequence[Method]]) -> list[str]
 
     if asked is None:
         has_sparse = any(isinstance(m, SparseAttention) for methods in variants.values() for m in methods)
-        return _items(CONTROLS) if has_sparse else []
-    return [] if asked == "none" else _items(asked)
-
-
-def _items(given: Any) -> list[str]:
-    """The entries of "a,b", [a, b] or a single value, as text."""
-    items = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
-    return [str(item).strip() for item in items]
+        return split_items(CONTROLS) if has_sparse else []
+    return [] if asked == "none" else split_items(asked)
 
 
 def _task_files() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,8 +87,8 @@ def _list_one(name: str) -> int:
 
 def _crossover(settings: Mapping[str, Any]) -> int:
     """Measures, prints the table, writes the recipe and this machine's crossover file."""
-    from accel.cli.options import parse_length, parse_method
-    from accel.crossover import NEVER_TOKENS, crossover_key, record_crossover
+    from accel.cli.options import parse_lengths, parse_method
+    from accel.crossover import DEFAULT_TOKENS, NEVER_TOKENS, crossover_key, record_crossover
     from accel.patching import host_for
     from accel.protocols import SparseAttention
     from accel.tune_crossover import crossover_recipe, measure_crossover
@@ -95,9 +96,9 @@ def _crossover(settings: Mapping[str, Any]) -> int:
     method = parse_method(settings["method"])
     if not isinstance(method, SparseAttention):
         raise OptionError(f"a crossover is measured for sparse attention; {method.method_name()} is of kind {method.kind}")
-    given = settings["lengths"]
-    lengths = [parse_length(str(item)) for item in (given.split(",") if isinstance(given, str) else given)]
+    lengths = parse_lengths(settings["lengths"])
     path = _new_file(settings["out"] or f"runs/crossover-{method.method_name()}.yaml")
+    _warn_if_busy()
     loaded = _load(settings)
     info = host_for(loaded.model).describe(loaded.model)
     times = measure_crossover(loaded.model, _prompt(loaded, max(lengths), settings["seed"]), method, lengths, repeats=settings["repeats"])
@@ -107,8 +108,10 @@ def _crossover(settings: Mapping[str, Any]) -> int:
     print(f"wrote {recipe.save(path)}")
     tokens = recipe.methods[0].options()["min_seq_len"]
     key = crossover_key(method.method_name(), device=info.device, dtype=info.dtype, head_dim=info.head_dim)
-    file = record_crossover(key, tokens)
-    print(f"recorded {key}: {'never' if tokens == NEVER_TOKENS else tokens} in {file}; methods with min_seq_len=None use it from now on")
+    # beyond the longest prompt nothing was measured: the other models of this machine must not stay dense for ever
+    recorded = max(lengths[-1] + 1, DEFAULT_TOKENS.get(info.device, 0)) if tokens == NEVER_TOKENS else tokens
+    file = record_crossover(key, recorded)
+    print(f"recorded {key}: {recorded} tokens in {file}; {method.method_name()} with min_seq_len=None uses it from now on")
     return 0
 
 
@@ -157,6 +160,12 @@ def _new_file(name: str) -> Path:
     if path.exists():
         raise OptionError(f"{path} exists already: choose another with --out")
     return path
+
+
+def _warn_if_busy() -> None:
+    busy, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if busy > 0.5 * cores:
+        print(f"other processes keep this machine busy (load {busy:.1f} on {cores} cores); measure again when it is quiet", file=sys.stderr)
 
 
 def _print_times(times: list[Any]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -256,11 +256,17 @@ def fp32_products_routed(is_routed: bool) -> Iterator[None]:
 
 
 def _read_precision() -> tuple[str, str, str]:
-    backends = torch.backends
-    return torch.get_float32_matmul_precision(), backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision
+    mkldnn, cuda = _matmul_settings()
+    return torch.get_float32_matmul_precision(), mkldnn.fp32_precision, cuda.fp32_precision
 
 
-def _write_precision(everywhere: str, mkldnn: str, cuda: str) -> None:
+def _write_precision(everywhere: str, on_mkldnn: str, on_cuda: str) -> None:
     torch.set_float32_matmul_precision(everywhere)
-    torch.backends.mkldnn.matmul.fp32_precision = mkldnn
-    torch.backends.cuda.matmul.fp32_precision = cuda
+    mkldnn, cuda = _matmul_settings()
+    mkldnn.fp32_precision, cuda.fp32_precision = on_mkldnn, on_cuda
+
+
+def _matmul_settings() -> tuple[Any, Any]:
+    # not in torch's type stubs
+    backends: Any = torch.backends
+    return backends.mkldnn.matmul, backends.cuda.matmul

@@ -7,16 +7,17 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import accel
 import pytest
 import torch
-from accel.protocols import AttentionStep, SparseAttention
 from conformance.families import instance, text_config, words
 from conformance.methods import METHODS, SPARSE_METHODS, MethodCase
 from conformance.reference import ROUNDING, assert_same, deviation, recorded, reference, run
 from conformance.subjects import subject
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
+
+import accel
+from accel.protocols import AttentionStep, SparseAttention
 
 every_method = pytest.mark.parametrize("case", METHODS, ids=str)
 sparse_methods = pytest.mark.parametrize("case", SPARSE_METHODS, ids=str)

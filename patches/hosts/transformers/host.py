@@ -159,7 +159,7 @@ def _decoder(base: Any) -> Any:
 
 def _max_positions(text_config: Any) -> int | None:
     """Positions the model was made for; some kinds of RoPE scaling leave `max_position_embeddings` at the unscaled number."""
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions: int | None = getattr(text_config, "max_position_embeddings", None)
     rope = getattr(text_config, "rope_parameters", None) or {}
     if positions is None or not isinstance(rope.get("factor"), int | float):
         return positions

@@ -14,6 +14,7 @@ from accel.kernels.block_sparse import (
     ListPlan,
     PagedKeys,
     Ragged,
+    VerticalSlashPlan,
     block_sparse_attention,
     dense_attention,
 )

@@ -169,7 +169,7 @@ def _max_positions(text_config: Any) -> int | None:
 def _layer_type(text_config: Any, layer: int) -> str:
     types = getattr(text_config, "layer_types", None)
     if types:
-        return types[layer]
+        return str(types[layer])
     # Mistral, Phi-3, Mixtral and their kin have one window for all layers, or none
     return "full_attention" if getattr(text_config, "sliding_window", None) is None else "sliding_attention"
 

@@ -1,0 +1,17 @@
+"""Combinations that users ask about, and how far each was tried. `accel ls` prints this."""
+
+from __future__ import annotations
+
+HOST_NOTES = {
+    "generate": "tested: batches with padding, beams, static cache, chunked prefill, prompt lookup, assistant decoding, second turn",
+    "torch.compile": "tested with fullgraph=True on the eager and aot_eager backends, forward only; inductor and CUDA graphs untried",
+    "PEFT": "tested with LoRA",
+    "pipelines": "tested with text-generation",
+    "accelerate": "tested with cpu_offload; device maps over several GPUs untried",
+    "autocast": "tested on CPU with bfloat16 and float16",
+    "vision-language models": "the text decoder only, where its mask is plain causal; the vision tower is never touched",
+    "CUDA": "there is no sparse kernel for GPUs in this release: calls run dense, counted",
+    "quantised weights": "bitsandbytes and torchao untried; attention sees ordinary tensors there",
+    "FSDP, tensor parallel": "untried",
+    "continuous batching": "generate_batch switches the attention itself and runs without accel; a paged cache that reaches accel raises",
+}

@@ -76,7 +76,9 @@ def instance(cls: str, config: Any, *, attention: str = "sdpa") -> PreTrainedMod
     return model
 
 
-def _text(name: str, config: str, cls: str, *, attention: str = "sdpa", is_sparse: bool = True, dense_reason: str | None = None, **changes: Any) -> None:
+def _text(
+    name: str, config: str, cls: str, *, attention: str = "sdpa", is_sparse: bool = True, dense_reason: str | None = None, **changes: Any
+) -> None:
     def build() -> tuple[PreTrainedModel, dict[str, Tensor]]:
         ids = words()
         return instance(cls, text_config(config, **changes), attention=attention), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -110,15 +110,3 @@ def test_continuous_batching_is_refused_and_runs_while_paused() -> None:
         model.model.layers[0].self_attn(
             torch.zeros(1, 8, 64), position_embeddings=(torch.ones(1, 8, 16), torch.zeros(1, 8, 16)), attention_mask=None, cache=object()
         )
-
-
-@sparse_methods
-@torch.no_grad()
-def test_quantized_cache_layers_are_read_like_any_other(case: MethodCase) -> None:
-    """Keys come back from such a cache with a layout of their own; the method must see the same numbers as dense attention."""
-    it = subject("llama")
-    with accel.apply(it.model, case.sparse(), ) as handle, recorded(handle) as plans:
-        got = it.model.generate(**it.inputs, max_new_tokens=4, do_sample=False, cache_implementation="offloaded") if torch.cuda.is_available() else run(it.model, it.inputs).tokens
-    with reference(it.model, plans):
-        want = run(it.model, it.inputs).tokens
-    assert torch.equal(got[:, :116], want[:, :116])

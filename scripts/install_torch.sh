@@ -10,7 +10,7 @@ if command -v nvidia-smi >/dev/null 2>&1 || [ "$(uname -s)" != Linux ]; then
     exec $PIP "$TORCH"
 fi
 # `+cpu` is the CPU build, wherever pip is set up to look; asked first, so that a machine with its own mirror needs nothing from outside
-if $PIP "$TORCH+cpu" 2>/dev/null || $PIP --index-url "$CPU_INDEX" --extra-index-url https://pypi.org/simple "$TORCH+cpu"; then
+if $PIP "$TORCH+cpu" 2>/dev/null || $PIP --extra-index-url "$CPU_INDEX" "$TORCH+cpu"; then
     exit 0
 fi
 echo "no CPU build of $TORCH was found; installing the usual build, which is large and runs on a CPU as well" >&2

@@ -22,6 +22,27 @@ def test_every_call_stays_dense_for_the_same_reason(q_len: int) -> None:
     assert method.static_pattern(here) is None
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", ["original", "gemm"])
+def test_it_counts_every_call_and_changes_no_output(kernel: str) -> None:
+    model = tiny_llama()
+    ids = torch.randint(2, 64, (2, 70), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    dense = model(ids, attention_mask=mask).logits
+    text = model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    with accel.apply(model, Dense(dense_kernel=kernel)) as handle:  # type: ignore[arg-type]
+        logits = model(ids, attention_mask=mask).logits
+        assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False), text)
+        # three layers: one forward, then a prefill and three steps
+        assert handle.stats.total.dense_calls == {"dense control": 15}
+        assert handle.stats.total.sparse_calls == 0
+    if kernel == "original":
+        assert torch.equal(logits, dense)
+    else:
+        torch.testing.assert_close(logits[mask.bool()], dense[mask.bool()], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kernel", ["original", "gemm"])
 def test_gradients_are_those_of_the_model(kernel: str) -> None:
     model = tiny_llama()

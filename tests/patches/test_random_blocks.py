@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import tiny_llama
 from torch import Tensor
 
 import accel
-from accel.kernels.block_sparse import ContiguousKeys, ListPlan, Ragged
+from accel.kernels.block_sparse import ContiguousKeys, ListPlan, Ragged, Rows
 from accel.patches.random_blocks import RandomBlocks
 from accel.protocols import AttentionContext, AttentionStep
 
@@ -42,6 +44,22 @@ def test_a_draw_depends_on_seed_layer_and_lengths_only() -> None:
     for name, other in others.items():
         # 38 blocks a side: two independent draws agree on about half of the tiles
         assert 0.2 < (other == first)[torch.ones_like(first).tril() > 0].float().mean() < 0.8, name
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 700), data=st.data(), density=st.floats(0.01, 1.0), block=st.sampled_from([1, 16, 64]))
+def test_each_head_reaches_the_density_to_the_nearest_tile(n: int, data: st.DataObject, density: float, block: int) -> None:
+    q_len = data.draw(st.integers(1, n))
+    [mask] = masks(RandomBlocks(block_size=block, density=density), [q_len], [n])
+    rows = Rows(0, 0, q_len, n)
+    own = torch.arange(rows.query_blocks(block)) + rows.first_block(block)
+    # the own block and the first one, which row 0 has in one
+    n_forced = 2 * len(own) - int((own == 0).sum())
+    for head in mask:
+        assert head[torch.arange(len(own)), own].all()
+        assert head[:, 0].all()
+        assert int(head.sum()) == n_forced or abs(int(head.sum()) - density * rows.causal_tiles(block)) <= 0.5
+        assert int(head.sum()) >= n_forced
 
 
 def test_every_tile_that_is_not_forced_is_equally_likely() -> None:

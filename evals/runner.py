@@ -130,15 +130,16 @@ def _methods_for(key: SampleKey, methods: Mapping[str, Sequence[Method]], contro
     sparse = next(m for m in methods[reference] if isinstance(m, SparseAttention))
     if found.density is None:
         # where the reference ran dense throughout, so does its control
-        return [_control(name, sparse, 1.0)]
+        return [_control(name, sparse, density=1.0, seed=key.sample)]
     # whatever length its own crossover names, a control of a sparse run runs sparse
-    return [replace(_control(name, sparse, found.density), min_seq_len=0)]
+    return [replace(_control(name, sparse, density=found.density, seed=key.sample), min_seq_len=0)]
 
 
-def _control(name: str, reference: SparseAttention, density: float) -> SparseAttention:
+def _control(name: str, reference: SparseAttention, *, density: float, seed: int) -> SparseAttention:
+    """The control that differs from `reference` in what it reads only. seed: where it draws, a draw of its own for every prompt."""
     known = {f.name for f in fields(method_class(name))}
     shared = {option: value for option, value in reference.options().items() if option in _SHARED and option in known and value is not None}
-    control = build(name, {**shared, "density": density})
+    control = build(name, {**shared, "density": density, **({"seed": seed} if "seed" in known else {})})
     assert isinstance(control, SparseAttention)
     return control
 

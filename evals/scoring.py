@@ -133,7 +133,9 @@ def _greedy(model: Any, logits: Tensor, cache: Any, n_tokens: int) -> list[int]:
 def _rewind(cache: Any, n_tokens: int) -> bool:
     """Cuts the cache back to its first `n_tokens` tokens; False where its layers forget or mix tokens, so that only a new prefill helps."""
     try:
-        cache.crop(n_tokens - cache.get_seq_length())      # negative: so many tokens less
+        surplus = int(cache.get_seq_length()) - n_tokens
+        if surplus:
+            cache.crop(-surplus)
     except (AttributeError, NotImplementedError, RuntimeError, ValueError):     # what caches without a way back raise
         return False
     return int(cache.get_seq_length()) == n_tokens

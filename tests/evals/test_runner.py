@@ -76,6 +76,8 @@ def test_controls_run_at_the_density_of_the_first_method_on_the_same_prompt(fini
             wanted = records[key._replace(label="flexprefill")].density
             assert record.options[0]["random_blocks"]["density"] == wanted
             assert record.options[0]["random_blocks"]["block_size"] == 64
+            # changed options only: the first prompt has the default seed
+            assert record.options[0]["random_blocks"].get("seed", 0) == key.sample
             assert record.density == pytest.approx(wanted, abs=0.01)
 
 

@@ -57,6 +57,7 @@ def describe(model: Any) -> ModelInfo:
         dtype=str(base.dtype).removeprefix("torch."),
         max_positions=_max_positions(text),
         has_vision=hasattr(base.config, "vision_config"),
+        hidden_size=getattr(text, "hidden_size", None),
         fingerprint=lambda: fingerprint(base),
     )
 

@@ -67,10 +67,14 @@ def text_config(name: str, *, without: tuple[str, ...] = (), **changes: Any) -> 
 
 
 def instance(cls: str, config: Any, *, attention: str = "sdpa") -> PreTrainedModel:
-    """A model with fixed random weights and non-trivial norms, in evaluation mode."""
+    """A model with fixed random weights in evaluation mode."""
     torch.manual_seed(0)
     config._attn_implementation = attention
     model = getattr(transformers, cls)(config).eval()
+    for parameter in model.parameters():
+        # Gemma 3 begins with a projection of zeros, through which no picture would show
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.data.normal_(std=0.2)
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model
@@ -125,5 +129,19 @@ _text(
     "qwen3 next", "Qwen3NextConfig", "Qwen3NextForCausalLM",
     layer_types=["linear_attention", "full_attention", "full_attention"], shared_expert_intermediate_size=32, linear_num_value_heads=4,
     linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16, **_EXPERTS,
+)  # fmt: skip
+_LATENT = {
+    "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "num_key_value_heads": 4, "without": _NO_HEAD_DIM,
+}  # fmt: skip
+_text("deepseek v3", "DeepseekV3Config", "DeepseekV3ForCausalLM", v_head_dim=16, **_LATENT)
+_text(
+    "deepseek v3, narrow values", "DeepseekV3Config", "DeepseekV3ForCausalLM",
+    is_sparse=False, dense_reason="value head size", v_head_dim=8, **_LATENT,
+)  # fmt: skip
+_text(
+    "llama4", "Llama4TextConfig", "Llama4ForCausalLM",
+    layer_types=["chunked_attention", "full_attention", "full_attention"], no_rope_layers=[1, 0, 1], attention_chunk_size=32,
+    intermediate_size_mlp=64, num_local_experts=2, num_experts_per_tok=1,
 )  # fmt: skip
 _text("lfm2", "Lfm2Config", "Lfm2ForCausalLM", without=_NO_HEAD_DIM, layer_types=["conv", "full_attention", "full_attention"], block_multiple_of=16)

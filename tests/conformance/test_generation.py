@@ -14,7 +14,7 @@ from conformance.methods import METHODS, SPARSE_METHODS, MethodCase
 from conformance.reference import ROUNDING, assert_same, deviation, recorded, reference, run
 from conformance.subjects import subject
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel, cache_utils
 
 import accel
 from accel.protocols import AttentionStep, SparseAttention
@@ -73,17 +73,27 @@ WAYS: dict[str, tuple[Callable[[], dict[str, Tensor]], dict[str, Any]]] = {
 @pytest.mark.parametrize("way", list(WAYS))
 @sparse_methods
 def test_generation_equals_dense_attention_over_the_same_blocks(name: str, way: str, case: MethodCase) -> None:
-    model = subject(name).model
     make, how = WAYS[way]
-    inputs = make()
     if "assistant_model" in how:
         how = {"assistant_model": assistant()}
+    check_against_reference(name, case, make(), how)
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no quantized cache without further packages")
+@sparse_methods
+def test_a_quantized_cache_is_read_as_dense_attention_reads_it(case: MethodCase) -> None:
+    check_against_reference("llama", case, plain(), {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}})
+
+
+def check_against_reference(name: str, case: MethodCase, inputs: dict[str, Tensor], how: dict[str, Any]) -> None:
+    """Forward and generation of a patched model against dense attention over the recorded blocks."""
+    model = subject(name).model
     dense = run(model, inputs, **how)
     with accel.apply(model, case.sparse()) as handle, recorded(handle) as plans:
         got = run(model, inputs, **how)
     # a static cache changes shapes, not results: the reference needs none
     with reference(model, plans):
-        want = run(model, inputs, **{key: value for key, value in how.items() if key != "cache_implementation"})
+        want = run(model, inputs, **{key: value for key, value in how.items() if value != "static"})
     rows = inputs["attention_mask"].bool()
     assert (got.logits - want.logits)[rows].abs().max() <= ROUNDING * want.logits.abs().max()
     assert (got.scores - want.scores).abs().max() <= ROUNDING * want.logits.abs().max()
@@ -98,8 +108,10 @@ def test_generation_equals_dense_attention_over_the_same_blocks(name: str, way: 
 @torch.no_grad()
 def test_a_padded_row_equals_the_same_row_alone(name: str, side: str, case: MethodCase) -> None:
     model, inputs = subject(name).model, padded(side)
+    # the positions that generate gives: counted from 0 behind the padding, other angles would round differently
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
     with accel.apply(model, case.sparse()):
-        batch = model(**inputs).logits
+        batch = model(**inputs, position_ids=positions).logits
         for row in range(2):
             valid = inputs["attention_mask"][row].bool()
             alone = model(inputs["input_ids"][row, valid][None]).logits[0]

@@ -15,6 +15,7 @@ from tiny_llama import byte_tokenizer, save_tiny, tiny_model
 from accel.errors import AccelError, OptionError
 from accel.evals.models import embedded_names, embedded_recipe, gguf, load_model
 from accel.evals.models.smollm2 import load as smollm2
+from accel.evals.tasks._text import paragraphs
 from accel.recipe import Recipe
 
 
@@ -163,7 +164,7 @@ def test_the_embedded_model_is_a_language_model() -> None:
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert loaded.tokenizer.decode([int(loaded.model(ids).logits[0, -1].argmax())]) == " Paris"
-        text = loaded.tokenizer(" ".join(Path(smollm2.__file__).with_name("card.md").read_text().split()[:200]), return_tensors="pt")["input_ids"]
+        text = loaded.tokenizer(" ".join(paragraphs()[:20]), return_tensors="pt")["input_ids"][:, :600]
         loss = torch.nn.functional.cross_entropy(loaded.model(text).logits[0, :-1], text[0, 1:])
-    # about 3.3 on this text; wrongly permuted rotary weights give more than 7
-    assert float(loss) < 4.5
+    # measured 2.77; with the halves of the rotary weights permuted wrongly, the classical slip of GGUF readers, 5.42
+    assert float(loss) < 3.5

@@ -38,7 +38,7 @@ def why_dense(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwa
     Raises UnsupportedError for continuous batching, whose cache expects to be filled by the attention function.
     """
     if kwargs.get("cache") is not None:
-        raise UnsupportedError("accel does not serve the paged cache of continuous batching (generate_batch); run it inside `with handle.paused():`")
+        raise UnsupportedError("accel does not serve the paged cache of continuous batching (generate_batch); call undo() on the handle first")
     if kwargs.get("sliding_window") is not None:
         return "sliding window"
     is_causal = kwargs.get("is_causal")

@@ -13,5 +13,5 @@ HOST_NOTES = {
     "CUDA": "there is no sparse kernel for GPUs in this release: calls run dense, counted",
     "quantised weights": "bitsandbytes and torchao untried; attention sees ordinary tensors there",
     "FSDP, tensor parallel": "untried",
-    "continuous batching": "generate_batch switches the attention itself and runs without accel; a paged cache that reaches accel raises",
+    "continuous batching": "generate_batch refuses a patched model with an error that names accel: undo() first",
 }

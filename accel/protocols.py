@@ -159,7 +159,7 @@ class SparseAttention(Method):
 
     min_seq_len: dense below this many keys. None means this machine's measured crossover (`accel tune crossover`).
     dense_layers: layer indices kept dense.
-    dense_kernel: what runs the calls left dense: the model's own attention, or our matrix-product path on a CPU.
+    dense_kernel: what runs the calls left dense: the model's own attention, or, on a CPU, ours.
     precision: "accurate" computes scores in fp32; "fast" computes bf16 scores in bf16 on a CPU (as eager attention does).
     """
 
@@ -168,7 +168,7 @@ class SparseAttention(Method):
 
     min_seq_len: int | None = None
     dense_layers: tuple[int, ...] = ()
-    dense_kernel: Literal["original", "gemm"] = "original"
+    dense_kernel: Literal["original", "accel"] = "original"
     precision: Literal["accurate", "fast"] = "accurate"
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ class SparseAttention(Method):
         object.__setattr__(self, "dense_layers", tuple(layers))
         if self.min_seq_len is not None and not (_is_whole(self.min_seq_len) and self.min_seq_len >= 0):
             raise OptionError(f"{name}: min_seq_len must be None or a whole number of tokens, 0 or more, got {self.min_seq_len!r}")
-        for option, allowed in (("dense_kernel", ("original", "gemm")), ("precision", ("accurate", "fast"))):
+        for option, allowed in (("dense_kernel", ("original", "accel")), ("precision", ("accurate", "fast"))):
             if getattr(self, option) not in allowed:
                 raise OptionError(f"{name}: {option} must be one of {', '.join(allowed)}, got {getattr(self, option)!r}")
 

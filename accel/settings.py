@@ -1,4 +1,4 @@
-"""The environment variables that accel reads, all of them here. They say where measurements are kept and how errors look."""
+"""The environment variables that accel reads, but for the compiler's `CXX`. They say where measurements are kept and how errors look."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from accel.registry import build
 Variants = Mapping[str, Sequence[Method]]
 Progress = Callable[[str], None]       # told what begins now
 
-GEMM = "dense (gemm)"
+OWN_DENSE = "dense (accel)"
 BELOW_CROSSOVER = "dense: below crossover"
 
 
@@ -95,7 +95,7 @@ def stock_label(model: Any) -> str:
 def baselines(model: Any) -> dict[str, list[Method]]:
     """The dense variants that every table holds, by label. Off the CPU the stock attention is the best dense there is, and stands alone."""
     stock: dict[str, list[Method]] = {stock_label(model): []}
-    return {**stock, GEMM: [build("dense", {"dense_kernel": "gemm"})]} if _device(model).type == "cpu" else stock
+    return {**stock, OWN_DENSE: [build("dense", {"dense_kernel": "accel"})]} if _device(model).type == "cpu" else stock
 
 
 def measure_ttft(

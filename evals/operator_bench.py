@@ -160,8 +160,8 @@ def percentiles_ms(seconds: Sequence[float]) -> tuple[float, float]:
 
 def path_name(route: Route) -> str:
     """A route in a few characters: "gemm fp32/bf16, routed" computes scores in fp32 through oneDNN and values in bf16."""
-    if route.kernel == "sdpa":
-        return "torch"
+    if route.kernel != "gemm":
+        return {"sdpa": "torch", "native": "compiled"}[route.kernel]
     short = {torch.float32: "fp32", torch.bfloat16: "bf16"}
     return f"gemm {short[route.score_dtype]}/{short[route.value_dtype]}{', routed' if route.is_routed else ''}"
 

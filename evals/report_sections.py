@@ -155,7 +155,7 @@ def _with_metric(result: Mapping[str, Any], metric: str) -> bool:
 
 def operator_table(rows: Sequence[Row]) -> Table:
     """The attention operator alone. rows: as `operator_bench.operator_table` returns them."""
-    headers = ["tokens", "density", "sparse", "p20–p80", "of dense (sdpa)", "of dense (gemm)", "dense (sdpa)", "dense (gemm)", "plan"]
+    headers = ["tokens", "density", "sparse", "p20–p80", "of dense (sdpa)", "of dense (accel)", "dense (sdpa)", "dense (accel)", "plan"]
     cells = [
         [short_length(r["tokens"]), number(r["true_density"], 3), milliseconds(r["sparse_ms"]),
          f"{milliseconds(r['sparse_p20_ms'])} – {milliseconds(r['sparse_p80_ms'])}", number(r["to_sdpa"], 3), number(r["to_dense"], 3),

@@ -1,4 +1,4 @@
-"""The dense control: sparsifies nothing, counts every call. With `dense_kernel="gemm"` it is the best dense baseline of a CPU."""
+"""The dense control: sparsifies nothing, counts every call. With `dense_kernel="accel"` it is the best dense baseline of a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _REASON = "dense control"
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(SparseAttention):
-    """Leaves every call dense: the model's own attention, or our matrix-product path with `dense_kernel="gemm"` (kernels.md §0.2).
+    """Leaves every call dense: the model's own attention, or our own kernel with `dense_kernel="accel"` (kernels.md §0.2).
 
     Not to be confused with `RunDense`, with which any method answers that a call stays dense.
     """

@@ -270,7 +270,7 @@ def test_a_decoding_step_with_a_mask_of_its_own_is_followed_row_by_row(model: nn
         return model(ids[:, 39:], attention_mask=mask, past_key_values=cache, position_ids=torch.full((2, 1), 39)).logits
 
     dense = decode()
-    for method in (accel.Dense(dense_kernel="gemm"), accel.PowerAttention(is_adapted=True, min_seq_len=0)):
+    for method in (accel.Dense(dense_kernel="accel"), accel.PowerAttention(is_adapted=True, min_seq_len=0)):
         with accel.apply(model, method):
             torch.testing.assert_close(decode(), dense, atol=1e-6, rtol=1e-5)
 

@@ -23,7 +23,7 @@ flexprefill = st.builds(
     min_budget=st.integers(0, 10**6),
     min_seq_len=st.none() | st.integers(0, 10**9),
     dense_layers=st.lists(st.integers(0, 99), unique=True, max_size=5).map(tuple),
-    dense_kernel=st.sampled_from(["original", "gemm"]),
+    dense_kernel=st.sampled_from(["original", "accel"]),
     coverage=st.sampled_from(["block", "token"]),
 )
 # any text but control characters and lone surrogates, which no YAML file may hold

@@ -176,7 +176,7 @@ def test_method_with_nothing_to_tune_and_no_trials_are_refused(tmp_path: Path) -
 
 
 def row(tokens: int, stock: float, gemm: float, sparse_calls: int = 1) -> LengthTimes:
-    return LengthTimes(tokens, {}, {"dense (sdpa)": stock, "dense (gemm)": gemm}, sparse_calls)
+    return LengthTimes(tokens, {}, {"dense (sdpa)": stock, "dense (accel)": gemm}, sparse_calls)
 
 
 @pytest.mark.parametrize(

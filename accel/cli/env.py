@@ -126,6 +126,7 @@ def cpu_choice() -> dict[str, Any]:
         return {}
     import torch
 
+    from accel.kernels.block_sparse import cpu_native
     from accel.kernels.block_sparse.cpu_probe import Route, route_for
 
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -139,11 +140,17 @@ def cpu_choice() -> dict[str, Any]:
     def describe_route(route: Route) -> str:
         if route.kernel == "sdpa":
             return "torch's SDPA"
+        if route.kernel == "native":
+            return "compiled kernel, scores in float32, values in bfloat16"
         through = " through oneDNN" if route.is_routed else ""
         return f"matrix products, scores in {names[route.score_dtype]}{through}, values in {names[route.value_dtype]}"
 
     advice = "faster than float32" if is_bf16_fast() else "slower than float32: prefer float32 models on this machine"
-    return {**{case: describe_route(route) for case, route in routes.items()}, "bfloat16 products": advice}
+    return {
+        **{case: describe_route(route) for case, route in routes.items()},
+        "bfloat16 products": advice,
+        "compiled kernel": cpu_native.why_unavailable() or "available",
+    }
 
 
 def is_bf16_fast() -> bool:

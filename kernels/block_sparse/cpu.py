@@ -1,4 +1,4 @@
-"""The CPU executor: one sequence after the other, by tiles or by the decode path, on the route that the probe found (kernels.md §2)."""
+"""The CPU executor: one sequence after the other, by the compiled kernel, by tiles or by the decode path, on the route that the probe found."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from accel.kernels.block_sparse import cpu_native
 from accel.kernels.block_sparse.cpu_common import Problem, workspace
 from accel.kernels.block_sparse.cpu_decode import attend_decode, is_decode
+from accel.kernels.block_sparse.cpu_native import native_attention
 from accel.kernels.block_sparse.cpu_probe import Precision, Route, fp32_products_routed, route_for
 from accel.kernels.block_sparse.cpu_tiles import attend_prefill
 from accel.kernels.block_sparse.keys import KeyView
@@ -41,7 +43,9 @@ def cpu_attention(
     chosen = route_for(q.dtype, precision, is_dense=plan is None) if route is None else route
     if chosen.kernel == "sdpa" and (softcap is not None or lse is not None):
         # torch's attention offers neither
-        chosen = Route("gemm")
+        chosen = chosen.by_products
+    if chosen.kernel == "native" and not cpu_native.takes(q.dtype, q.shape[2]):
+        chosen = chosen.by_products
     clear_gaps(lens, out, lse)
     with fp32_products_routed(chosen.is_routed):
         for rows in lens.rows():
@@ -55,17 +59,29 @@ def cpu_attention(
 
 def attend(problem: Problem) -> None:
     """Writes the rows of one sequence by the path that suits their number."""
-    rows, by_torch = problem.rows, problem.route.kernel == "sdpa"
+    rows, kernel = problem.rows, problem.route.kernel
     if is_decode(rows):
         # few rows are read in place by matrix products whatever the prefill's kernel: torch's own is slowest there
-        attend_decode(replace(problem, route=Route("gemm")) if by_torch else problem)
-    elif problem.mask is not None or not by_torch:
+        attend_decode(replace(problem, route=problem.route.by_products))
+    elif kernel == "native":
+        attend_compiled(problem)
+    elif problem.mask is not None or kernel == "gemm":
         attend_prefill(problem)
     elif rows.offset:
         # torch's causal mask cannot start behind a cached prefix
-        attend_prefill(replace(problem, route=Route("gemm")))
+        attend_prefill(replace(problem, route=problem.route.by_products))
     else:
         attend_whole(problem)
+
+
+def attend_compiled(problem: Problem) -> None:
+    """Writes the rows of one sequence by the compiled kernel."""
+    here = slice(problem.rows.q_start, problem.rows.q_start + problem.rows.q_len)
+    k, v = problem.keys.tokens(problem.rows.index)
+    native_attention(
+        problem.q[here], k, v, problem.mask, block_size=problem.block_size, scale=problem.scale, softcap=problem.softcap,
+        out=problem.out[here], lse=None if problem.lse is None else problem.lse[:, here],
+    )  # fmt: skip
 
 
 def attend_whole(problem: Problem) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from accel.kernels.block_sparse import cpu_native
 from accel.settings import cache_folder
 
 # "medium" may mean bf16 products (AMX does that): it is used only where it measurably does not
@@ -50,19 +51,30 @@ class Timings:
     sdpa_bf16_ms: float
     dense_fp32_ms: float    # the same over many query rows at once, where its larger tiles run
     dense_bf16_ms: float
+    native_ms: float        # the compiled kernel on bf16: both products and the softmax; inf where it cannot run
 
 
 @dataclass(frozen=True)
 class Route:
-    """How attention is computed: by which kernel and, for "gemm", in which precision its two products run;
+    """How attention is computed: by which kernel and, for "gemm", in which precision its two products run.
 
-    "sdpa" computes in the inputs' dtype. is_routed: fp32 products go to oneDNN while our operator runs.
+    "sdpa" computes in the inputs' dtype, "native" (`cpu_native`) bf16 inputs with fp32 scores. is_routed: fp32 products go to oneDNN while
+    our operator runs.
     """
 
-    kernel: Literal["gemm", "sdpa"]
+    kernel: Literal["gemm", "sdpa", "native"]
     score_dtype: torch.dtype = torch.float32
     value_dtype: torch.dtype = torch.float32
     is_routed: bool = False
+
+    @property
+    def by_products(self) -> Route:
+        """The same through matrix products, for what the other kernels cannot do. torch's own kernel sums in fp32, so that fp32 replaces it."""
+        return Route("gemm") if self.kernel == "sdpa" else replace(self, kernel="gemm")
+
+
+# the compiled kernel, which has no choice of precision: its scores are always fp32
+NATIVE = Route("native", torch.float32, torch.bfloat16)
 
 
 def choose_route(timings: Timings, dtype: torch.dtype, precision: Precision) -> Route:
@@ -76,6 +88,7 @@ def choose_route(timings: Timings, dtype: torch.dtype, precision: Precision) -> 
     candidates = {route: gemm_ms(timings, route) for route in routes}
     if dtype == torch.bfloat16:
         candidates[Route("sdpa", dtype, dtype)] = timings.sdpa_bf16_ms * MIN_GAIN
+        candidates[NATIVE] = timings.native_ms
     elif dtype == torch.float32:
         candidates[Route("sdpa", dtype, dtype)] = timings.sdpa_fp32_ms * MIN_GAIN
     # float16 is always up-cast: its products and its SDPA are slow everywhere
@@ -83,14 +96,13 @@ def choose_route(timings: Timings, dtype: torch.dtype, precision: Precision) -> 
 
 
 def choose_dense_route(timings: Timings, dtype: torch.dtype, precision: Precision) -> Route:
-    """`choose_route` for a whole causal prefill: torch's own attention unless the products clearly beat it."""
+    """`choose_route` for a whole causal prefill: torch's own attention unless ours clearly beats it."""
     route = choose_route(timings, dtype, precision)
     if dtype not in (torch.bfloat16, torch.float32):
         return route
     torch_ms = timings.dense_bf16_ms if dtype == torch.bfloat16 else timings.dense_fp32_ms
-    if route.kernel == "gemm" and gemm_ms(timings, route) * MIN_GAIN < torch_ms:
-        return route
-    return Route("sdpa", dtype, dtype)
+    own_ms = {"gemm": gemm_ms(timings, route), "native": timings.native_ms, "sdpa": torch.inf}[route.kernel]
+    return route if own_ms * MIN_GAIN < torch_ms else Route("sdpa", dtype, dtype)
 
 
 def gemm_ms(timings: Timings, route: Route) -> float:
@@ -108,7 +120,8 @@ def route_for(dtype: torch.dtype, precision: Precision, *, is_dense: bool = Fals
 @cache
 def machine_timings(n_threads: int) -> Timings:
     """Timings of this machine: from the cache file where it holds them, measured and written there otherwise."""
-    key = f"{cpu_name()}/torch {torch.__version__}/{torch.backends.cpu.get_cpu_capability()}/{n_threads} threads"
+    kernels = "without" if cpu_native.why_unavailable() else "with"
+    key = f"{cpu_name()}/torch {torch.__version__}/{torch.backends.cpu.get_cpu_capability()}/{n_threads} threads/{kernels} compiled kernel"
     path = cache_folder() / "cpu_probe.json"
     known = read_timings(path)
     if key not in known:
@@ -189,12 +202,25 @@ def measure() -> Timings:
     for name in ("fp32", "bf16"):
         best[f"sdpa_{name}_ms"] *= n / n_some
         best[f"dense_{name}_ms"] *= n * _ROWS * _KEYS / (n_some * n_rows * n_keys)
+    if cpu_native.why_unavailable() is None:
+        best["native_ms"] = _native_ms(q.bfloat16(), k[:1].bfloat16())
     # an exact product still counts as measured
-    return Timings(**best, bf16_ms=_bf16_ms(q.bfloat16(), kt.bfloat16(), best["fp32_ms"]), routed_error=max(error, 1e-12))
+    return Timings(**{"native_ms": torch.inf, **best}, bf16_ms=_bf16_ms(q.bfloat16(), kt.bfloat16(), best["fp32_ms"]), routed_error=max(error, 1e-12))
 
 
 def _attend(q: Tensor, k: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, k)
+
+
+def _native_ms(q: Tensor, k: Tensor) -> float:
+    # several tiles a head on the same keys, as in a prefill: starting threads and packing keys must not count as if every tile did it
+    tiles = 4
+    rows = q.repeat(1, tiles, 1).transpose(0, 1)
+    out = torch.empty_like(rows)
+    run = partial(cpu_native.native_attention, rows, k, k, None, block_size=_ROWS, scale=1.0, softcap=None, out=out, lse=None)
+    # the last tile reads all blocks of keys, the ones before it one less each
+    n_blocks = _KEYS // _ROWS
+    return _best_ms({"native": run})["native"] * n_blocks / sum(range(n_blocks - tiles + 1, n_blocks + 1))
 
 
 def _bf16_ms(q: Tensor, kt: Tensor, fp32_ms: float) -> float:

@@ -14,7 +14,7 @@ from accel.cli.main import main
 
 pytest.importorskip("matplotlib")
 
-BASE = ("dense (sdpa)", "dense (gemm)")
+BASE = ("dense (sdpa)", "dense (accel)")
 SPARSE = "flexprefill:min_seq_len=0,min_budget=128,gamma=0.6"
 
 
@@ -65,7 +65,7 @@ def test_tables_go_to_stdout_and_progress_to_stderr(model: str, tmp_path: Path, 
     words = ("--model", model, "--method", "streaming", "--lengths", "1k", "--what", "ttft", "--repeats", "1", "--warmup", "0")
     assert bench(*words, "--out", str(tmp_path / "run")) == 0
     output = capsys.readouterr()
-    for text in (*BASE, "× dense (sdpa)", "× dense (gemm)", "dense: below crossover"):
+    for text in (*BASE, "× dense (sdpa)", "× dense (accel)", "dense: below crossover"):
         assert text in output.out
     assert "pass" in output.err or "%" in output.err
     assert "%|" not in output.out
@@ -122,5 +122,5 @@ def test_the_operator_part_needs_no_model(tmp_path: Path, capsys: pytest.Capture
     assert [(row["tokens"], row["density"]) for row in rows] == [(512, 0.5), (512, 0.25), (1024, 0.5), (1024, 0.25)]
     assert all(row["to_sdpa"] > 0 and row["to_dense"] > 0 for row in rows)
     text = capsys.readouterr().out
-    for column in ("of dense (sdpa)", "of dense (gemm)", "float32, 4 query and 2 key heads of 16"):
+    for column in ("of dense (sdpa)", "of dense (accel)", "float32, 4 query and 2 key heads of 16"):
         assert column in text

@@ -44,12 +44,12 @@ def finished(on_tiny_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_one_run_says_everything(finished: tuple[str, dict[str, Any], str]) -> None:
     text, result, html = finished
-    labels = ["dense (sdpa)", "dense (gemm)", "FlexPrefill", "PowerAttention", "Streaming", "RandomBlocks"]
+    labels = ["dense (sdpa)", "dense (accel)", "FlexPrefill", "PowerAttention", "Streaming", "RandomBlocks"]
     head = text.splitlines()[0]
     assert [label for label in labels if label in head] == labels
     assert "time to first token at 1K (dense: below crossover)" in text
     assert "× dense (sdpa)" in text
-    assert "× dense (gemm)" in text
+    assert "× dense (accel)" in text
     assert {row["label"] for row in result["latency"]} == set(labels)
     assert {answer["label"] for answer in result["answers"]} == set(labels)
     assert "quality depends on adapting the model" in html

@@ -106,7 +106,7 @@ def test_what_cannot_be_sparse_runs_untouched_with_a_reason(name: str, case: Met
 @every_family
 def test_our_dense_path_equals_the_models_own(name: str) -> None:
     it = subject(name)
-    with accel.apply(it.model, "dense", dense_kernel="gemm") as handle:
+    with accel.apply(it.model, "dense", dense_kernel="accel") as handle:
         assert_same(run(it.model, it.inputs), it.dense)
     if it.family.is_sparse:
         assert handle.stats.total.dense_calls["dense control"] > 0

@@ -11,7 +11,7 @@ from tiny_llama import byte_tokenizer, tiny_model
 import accel
 from accel.evals import demo
 from accel.evals.demo import Case, Measured, run_demo
-from accel.evals.latency import BELOW_CROSSOVER, GEMM, Pass
+from accel.evals.latency import BELOW_CROSSOVER, OWN_DENSE, Pass
 from accel.evals.models import LoadedModel
 
 CASES = (Case("needle", 1536, "needles found"), Case("needle", 1024, None))
@@ -29,7 +29,7 @@ def measured(loaded: LoadedModel) -> list[Measured]:
 
 
 def test_every_variant_is_timed_and_scored_once(measured: list[Measured]) -> None:
-    labels = ["dense (sdpa)", GEMM, "FlexPrefill", "PowerAttention", "Streaming", "RandomBlocks"]
+    labels = ["dense (sdpa)", OWN_DENSE, "FlexPrefill", "PowerAttention", "Streaming", "RandomBlocks"]
     for found in measured:
         assert list(found.variants) == list(found.passes) == list(found.scored) == labels
         assert all(len(passes) == 1 for passes in found.passes.values())

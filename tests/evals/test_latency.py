@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from accel.errors import OptionError
 from accel.evals import latency
-from accel.evals.latency import BELOW_CROSSOVER, GEMM, Pass, Spread, dense_note, measure_decode, measure_ttft, rows_from_passes
+from accel.evals.latency import BELOW_CROSSOVER, OWN_DENSE, Pass, Spread, dense_note, measure_decode, measure_ttft, rows_from_passes
 from accel.stats import Stats
 
 
@@ -61,16 +61,16 @@ def test_variants_take_turns_in_every_round(model: LlamaForCausalLM, applied: li
     variants = {"A": [Named("a")], "B": [Named("b")]}
     rows = measure_ttft(model, torch.ones(1, 16, dtype=torch.long), variants, repeats=3, warmup=1, progress=seen.append)
     assert applied == ["dense", "a", "b"] * 4
-    assert [line.split(",")[0] for line in seen] == ["dense (sdpa)", GEMM, "A", "B"] * 4
+    assert [line.split(",")[0] for line in seen] == ["dense (sdpa)", OWN_DENSE, "A", "B"] * 4
     assert [row.ms.n for row in rows] == [3] * 4
 
 
 def test_both_baselines_lead_and_every_row_has_both_ratios(model: LlamaForCausalLM, applied: list[str]) -> None:
     rows = measure_ttft(model, torch.ones(1, 16, dtype=torch.long), {"A": [Named("a")]}, repeats=1, warmup=1)
-    assert [(row.label, row.is_baseline) for row in rows] == [("dense (sdpa)", True), (GEMM, True), ("A", False)]
-    assert all(set(row.speedup) == {"dense (sdpa)", GEMM} for row in rows)
+    assert [(row.label, row.is_baseline) for row in rows] == [("dense (sdpa)", True), (OWN_DENSE, True), ("A", False)]
+    assert all(set(row.speedup) == {"dense (sdpa)", OWN_DENSE} for row in rows)
     assert rows[0].speedup["dense (sdpa)"] == 1.0
-    assert rows[1].speedup[GEMM] == 1.0
+    assert rows[1].speedup[OWN_DENSE] == 1.0
     assert all(row.peak_bytes is not None and row.peak_bytes >= 0 for row in rows)
 
 
@@ -146,5 +146,5 @@ def test_counts_out_of_range_raise(model: LlamaForCausalLM, repeats: int, warmup
 
 
 def test_a_variant_may_not_take_the_name_of_a_baseline(model: LlamaForCausalLM, applied: list[str]) -> None:
-    with pytest.raises(OptionError, match=r"dense \(gemm\)"):
-        measure_ttft(model, torch.ones(1, 8, dtype=torch.long), {GEMM: [Named("a")]}, repeats=1)
+    with pytest.raises(OptionError, match=r"dense \(accel\)"):
+        measure_ttft(model, torch.ones(1, 8, dtype=torch.long), {OWN_DENSE: [Named("a")]}, repeats=1)

@@ -16,7 +16,7 @@ from accel.evals.report_sections import accuracy_table, answer_table, headlines,
 
 pytest.importorskip("matplotlib")
 
-BASE = ("dense (sdpa)", "dense (gemm)")
+BASE = ("dense (sdpa)", "dense (accel)")
 
 
 def latency_row(label: str, tokens: int, ms: float, *, density: float | None = None, note: str = "", n: int = 3) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Page(HTMLParser):
 def test_html_shows_both_baselines_and_both_ratios(result: dict[str, Any]) -> None:
     text = Page(render_html(result)).text
     assert "× dense (sdpa)" in text
-    assert "× dense (gemm)" in text
+    assert "× dense (accel)" in text
     # 18 s / 7.5 s and 12 s / 7.5 s
     assert "2.40×" in text
     assert "1.60×" in text
@@ -159,7 +159,7 @@ def test_a_missing_package_is_named_before_anything_is_written(tmp_path: Path, m
 
 def test_headline_names_both_ratios_and_only_sparse_runs(result: dict[str, Any]) -> None:
     [line] = headlines(result["latency"])
-    assert "2.40× dense (sdpa) and 1.60× dense (gemm)" in line
+    assert "2.40× dense (sdpa) and 1.60× dense (accel)" in line
     assert headlines([r for r in result["latency"] if r["tokens"] == 2048]) == []
 
 

@@ -23,7 +23,7 @@ def test_every_call_stays_dense_for_the_same_reason(q_len: int) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel", ["original", "gemm"])
+@pytest.mark.parametrize("kernel", ["original", "accel"])
 def test_it_counts_every_call_and_changes_no_output(kernel: str) -> None:
     model = tiny_llama()
     ids = torch.randint(2, 64, (2, 70), generator=torch.Generator().manual_seed(0))
@@ -43,7 +43,7 @@ def test_it_counts_every_call_and_changes_no_output(kernel: str) -> None:
         torch.testing.assert_close(logits[mask.bool()], dense[mask.bool()], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kernel", ["original", "gemm"])
+@pytest.mark.parametrize("kernel", ["original", "accel"])
 def test_gradients_are_those_of_the_model(kernel: str) -> None:
     model = tiny_llama()
     ids = torch.randint(2, 64, (1, 70), generator=torch.Generator().manual_seed(0))

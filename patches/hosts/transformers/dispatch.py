@@ -74,10 +74,10 @@ def dispatcher_for(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]
 def _why_dense_now(slot: Slot, query: Tensor, key: Tensor, mask: Any) -> str | None:
     """The method's own reasons, asked ahead so that the dense path can share one mask among all layers.
 
-    With `dense_kernel="gemm"` the operator runs dense calls as well, hence no reason here.
+    With `dense_kernel="accel"` the operator runs dense calls as well, hence no reason here.
     """
     state = LAYERS[slot.key]
-    if state.method.dense_kernel == "gemm" and query.device.type == "cpu":
+    if state.method.dense_kernel == "accel" and query.device.type == "cpu":
         return None
     return why_method_dense(state, query, _live_length(query, key, mask))
 

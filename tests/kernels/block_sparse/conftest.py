@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, KeyView, ListPlan, Ragged
 from accel.kernels.block_sparse.cpu import cpu_attention
-from accel.kernels.block_sparse.cpu_probe import Route
+from accel.kernels.block_sparse.cpu_probe import NATIVE, Route
 from accel.kernels.block_sparse.naive import naive_attention, naive_dense
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -22,6 +22,7 @@ ROUTES = {
     "routed": Route("gemm", FP32, FP32, is_routed=True),
     "hybrid": Route("gemm", FP32, BF16),
     "bf16": Route("gemm", BF16, BF16),
+    "native": NATIVE,
 }
 
 

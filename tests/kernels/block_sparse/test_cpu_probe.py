@@ -10,6 +10,7 @@ import torch
 
 from accel.kernels.block_sparse import cpu_probe
 from accel.kernels.block_sparse.cpu_probe import (
+    NATIVE,
     Route,
     Timings,
     choose_dense_route,
@@ -25,17 +26,20 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 # kinds of CPU, after kernels.md §2.1, §2.5 and measurements of an AVX2 machine
 AVX512_BF16 = Timings(
     fp32_ms=1.5, routed_ms=0.7, routed_error=5.7e-7, bf16_ms=0.33, softmax_ms=0.24,
-    sdpa_fp32_ms=3.2, sdpa_bf16_ms=3.2, dense_fp32_ms=3.1, dense_bf16_ms=3.1,
+    sdpa_fp32_ms=3.2, sdpa_bf16_ms=3.2, dense_fp32_ms=3.1, dense_bf16_ms=3.1, native_ms=float("inf"),
 )  # fmt: skip
 AVX512 = replace(AVX512_BF16, bf16_ms=4.0)
 AVX2 = Timings(
     fp32_ms=1.9, routed_ms=1.9, routed_error=2e-7, bf16_ms=23.0, softmax_ms=0.65,
-    sdpa_fp32_ms=4.7, sdpa_bf16_ms=5.0, dense_fp32_ms=3.7, dense_bf16_ms=4.0,
+    sdpa_fp32_ms=4.7, sdpa_bf16_ms=5.0, dense_fp32_ms=3.7, dense_bf16_ms=4.0, native_ms=float("inf"),
 )  # fmt: skip
 # torch's own attention clearly ahead of unrouted products: 1.1 · 2.9 < 2 · 1.5 + 0.24
 SLOW_PRODUCTS = replace(AVX512_BF16, routed_ms=1.45, sdpa_fp32_ms=2.9)
 # "medium" is bf16 there, and torch's own attention uses the tiles
 AMX = replace(AVX512_BF16, routed_ms=0.2, routed_error=3e-3, bf16_ms=0.2, sdpa_bf16_ms=0.6, dense_bf16_ms=0.5)
+
+# the same with a C++ compiler
+COMPILED = replace(AVX512_BF16, native_ms=0.9)
 
 HYBRID = Route("gemm", FP32, BF16, is_routed=True)
 
@@ -57,6 +61,10 @@ HYBRID = Route("gemm", FP32, BF16, is_routed=True)
         (AMX, BF16, "fast", Route("gemm", BF16, BF16)),
         (AMX, FP32, "accurate", Route("gemm", FP32, FP32)),
         (SLOW_PRODUCTS, FP32, "accurate", Route("sdpa", FP32, FP32)),
+        (COMPILED, BF16, "accurate", NATIVE),
+        (replace(COMPILED, native_ms=0.95), BF16, "fast", Route("gemm", BF16, BF16)),
+        (COMPILED, FP32, "accurate", Route("gemm", FP32, FP32, is_routed=True)),
+        (COMPILED, FP16, "accurate", Route("gemm", FP32, FP32, is_routed=True)),
     ],
     ids=lambda value: None if isinstance(value, Timings) else str(value),
 )
@@ -72,7 +80,10 @@ def test_routing_needs_both_accuracy_and_a_gain():
 
 @pytest.mark.parametrize(
     "machine, dtype, kernel",
-    [(AVX512_BF16, BF16, "gemm"), (AVX512_BF16, FP32, "gemm"), (AVX2, BF16, "sdpa"), (AVX2, FP32, "sdpa"), (AVX2, FP16, "gemm"), (AMX, BF16, "sdpa")],
+    [
+        (AVX512_BF16, BF16, "gemm"), (AVX512_BF16, FP32, "gemm"), (AVX2, BF16, "sdpa"), (AVX2, FP32, "sdpa"), (AVX2, FP16, "gemm"),
+        (AMX, BF16, "sdpa"), (COMPILED, BF16, "native"), (replace(COMPILED, dense_bf16_ms=0.95), BF16, "sdpa"),
+    ],
 )
 def test_dense_prefill_uses_products_only_where_they_beat_torch(machine, dtype, kernel):
     assert choose_dense_route(machine, dtype, "accurate").kernel == kernel

@@ -1,0 +1,163 @@
+"""Prefill in bf16 through a compiled kernel, where the processor has AVX512-BF16 and the machine a C++ compiler.
+
+Batched products reach a third of what such a processor can do: their scores leave the caches, and torch has no product of bf16 matrices with
+an fp32 result, so that accurate scores are computed from fp32 copies. `cpu_native.cpp` keeps fp32 scores in registers and the first cache. It is
+compiled once per machine, in seconds, into the cache folder; without a compiler everything works as before, through matrix products.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from accel.settings import cache_folder
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread", "-w")
+COMPILERS = ("c++", "g++", "clang++")
+# packed keys and values held at a time, unless one head takes more
+PACK_BYTES = 16 << 20
+# a compiler that hangs must not hang the user
+COMPILE_SECONDS = 120
+
+_log = logging.getLogger(__name__)
+
+
+class _Attention(ctypes.Structure):
+    """`struct Attention` of the source; the fields' meanings stand there."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "out", "lse", "keys", "values", "mask")),
+        *((name, ctypes.c_int64) for name in ("q_row", "q_head", "out_row", "out_head", "lse_head", "mask_head", "q_len", "kv_len", "block")),
+        *((name, ctypes.c_int32) for name in ("heads", "group", "dim", "value_dim", "threads")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    )
+
+
+def why_unavailable() -> str | None:
+    """Why the compiled kernel cannot run here, or None. The first call of a machine compiles it."""
+    return _library()[1]
+
+
+def takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel computes inputs like these: bf16 heads of an even size."""
+    return dtype == torch.bfloat16 and head_dim % 2 == 0
+
+
+def native_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, block_size: int, scale: float, softcap: float | None, out: Tensor, lse: Tensor | None
+) -> None:
+    """Writes causal attention of one sequence into `out` (L, Hq, Dv) and, where given, `lse` (Hq, L) fp32.
+
+    q: (L, Hq, D) the last L of N tokens; k: (Hkv, N, D), v: (Hkv, N, Dv); all bf16 with last stride 1, except k and v, which are copied where
+    it is not. mask: (Hq or 1, nq, nk) bool, the key blocks of each query block; None lists all. Beyond the outputs it holds at most
+    `PACK_BYTES` of packed keys and values, or one head's. Raises MemoryError where the machine has no memory left.
+    """
+    library, reason = _library()
+    if library is None:
+        raise RuntimeError(f"the compiled kernel is not available: {reason}")
+    k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
+    (n_kv, n, dim), value_dim, group = k.shape, v.shape[2], q.shape[1] // k.shape[0]
+    threads = torch.get_num_threads()
+    sizes = library.accel_packed_keys(n, block_size, dim), library.accel_packed_values(n, block_size, value_dim)
+    at_once = max(1, min(n_kv, PACK_BYTES // (2 * sum(sizes))))
+    mask = mask if mask is None else mask.contiguous()
+    keys, values = (torch.empty(at_once * size, dtype=torch.bfloat16) for size in sizes)
+    for first in range(0, n_kv, at_once):
+        heads = range(first, min(first + at_once, n_kv))
+        for pack, side, packed in ((library.accel_pack_keys, k, keys), (library.accel_pack_values, v, values)):
+            part = side[heads.start : heads.stop]
+            _check(pack(part.data_ptr(), part.stride(0), part.stride(1), len(heads), n, block_size, part.shape[2], packed.data_ptr(), threads))
+        own = slice(heads.start * group, heads.stop * group)
+        queries, results = q[:, own], out[:, own]
+        masks = mask if mask is None or mask.shape[0] == 1 else mask[own]
+        lses = None if lse is None else lse[own]
+        job = _Attention(
+            q=queries.data_ptr(), q_row=q.stride(0), q_head=q.stride(1), out=results.data_ptr(), out_row=out.stride(0), out_head=out.stride(1),
+            lse=None if lses is None else lses.data_ptr(), lse_head=0 if lses is None else lses.stride(0),
+            mask=None if masks is None else masks.data_ptr(), mask_head=0 if masks is None or masks.shape[0] == 1 else masks.stride(0),
+            keys=keys.data_ptr(), values=values.data_ptr(), q_len=q.shape[0], kv_len=n, block=block_size,
+            heads=queries.shape[1], group=group, dim=dim, value_dim=value_dim, threads=threads, scale=scale, softcap=softcap or 0.0,
+        )  # fmt: skip
+        _check(library.accel_attend(ctypes.byref(job)))
+
+
+def _check(code: int) -> None:
+    if code:
+        raise MemoryError("the attention kernel found no memory for its tiles")
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled kernel, or the reason why there is none; decided once per process."""
+    reason = why_no_build()
+    if reason is None:
+        try:
+            return _load(build()), None
+        except (OSError, subprocess.SubprocessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip()
+            reason = f"the compiler failed: {said.splitlines()[-1] if said else error}"
+            _log.warning("no compiled CPU kernel, matrix products are used instead: %s", reason)
+    return None, reason
+
+
+def why_no_build() -> str | None:
+    """Why this machine cannot build the kernel, before anything is tried."""
+    if platform.machine() not in ("x86_64", "AMD64") or "avx512_bf16" not in _cpu_flags():
+        return "this processor has no AVX512-BF16"
+    return None if compiler() else f"no C++ compiler found (looked for CXX, {', '.join(COMPILERS)})"
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: `CXX`, or the first of the usual names."""
+    return next((path for name in (os.environ.get("CXX", ""), *COMPILERS) if name and (path := shutil.which(name))), None)
+
+
+def build() -> Path:
+    """The compiled library in the cache folder, built where it is not there yet. Processes that build at once do not disturb each other."""
+    chosen = compiler()
+    assert chosen is not None
+    # a cache folder may be shared between machines and compilers
+    facts = "\0".join([SOURCE.read_text(encoding="utf-8"), chosen, *FLAGS, *sorted(_cpu_flags())])
+    target = cache_folder() / "native" / f"attention-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        fresh = Path(folder) / target.name
+        subprocess.run([chosen, *FLAGS, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        fresh.replace(target)
+    return target
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    for name in ("accel_packed_keys", "accel_packed_values"):
+        function = getattr(library, name)
+        function.argtypes, function.restype = (number, number, number), number
+    for name in ("accel_pack_keys", "accel_pack_values"):
+        getattr(library, name).argtypes = (pointer, number, number, number, number, number, number, pointer, ctypes.c_int)
+    library.accel_attend.argtypes = (pointer,)
+    return library
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """What the processor says that it can do; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2] for line in lines if line.startswith("flags")), "").split())

@@ -11,6 +11,8 @@ from accel.protocols import Method
 from accel.stats import Stats
 
 _MISSING = object()
+# a layer of a higher density than this gains nothing from being sparse
+NEARLY_DENSE = 0.9
 
 
 class Handle:
@@ -117,6 +119,8 @@ class Handle:
         lines += self.notices
         lines += [trouble for check in self._checks if (trouble := check()) is not None]
         sparse = f"{total.sparse_calls} sparse" + (f" (density {self.stats.density:.2f})" if self.stats.density is not None else "")
+        if full := [i for i, layer in sorted(self.stats.layers.items()) if (layer.density or 0) > NEARLY_DENSE]:
+            lines.append(f"layers {_ranges(full)} read more than {NEARLY_DENSE:.0%} of the blocks: dense_layers={full} spares them the selection")
         dense = [f"{count} dense ({reason})" for reason, count in total.dense_calls.most_common()]
         lines.append("calls: " + ", ".join([sparse, *dense]))
         return "\n".join(lines)

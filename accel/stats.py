@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass
@@ -17,6 +20,37 @@ class LayerStats:
     causal_tiles: int = 0
     selection_s: float = 0.0        # host seconds spent planning, in sparse calls and in calls whose plan came out dense
     attention_s: float = 0.0        # host seconds spent in the sparse kernel
+    # calls, active and causal tiles counted on a device that nobody has waited for yet, (3,) int64
+    unread: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the causal tiles that sparse calls computed; None before the first sparse call."""
+        return self.active_tiles / self.causal_tiles if self.causal_tiles else None
+
+    def count_sparse(self, tiles: Tensor, *, is_deferred: bool) -> None:
+        """Adds one sparse call. tiles: active and causal tiles, (2,) int64. is_deferred: they are read when somebody asks for the counters."""
+        if not is_deferred:
+            active, causal = tiles.tolist()
+            self._add(1, active, causal)
+            return
+        if self.unread is None:
+            self.unread = tiles.new_zeros(3)
+        self.unread[0] += 1
+        self.unread[1:] += tiles
+
+    def settle(self) -> None:
+        """Reads what was counted on a device; waits for it."""
+        if self.unread is not None:
+            calls, active, causal = self.unread.tolist()
+            # zeroed in place: a captured graph goes on counting in this tensor
+            self.unread.zero_()
+            self._add(calls, active, causal)
+
+    def _add(self, calls: int, active: int, causal: int) -> None:
+        self.sparse_calls += calls
+        self.active_tiles += active
+        self.causal_tiles += causal
 
     def add(self, other: LayerStats) -> None:
         self.sparse_calls += other.sparse_calls
@@ -28,13 +62,21 @@ class LayerStats:
 
 
 class Stats:
-    """All layers of a patched model. Read `total`, `density`, or `layers[i]`; `reset()` starts over."""
+    """All layers of a patched model. Read `total`, `density`, or `layers[i]`; `reset()` starts over. Reading waits for a GPU, counting does not."""
 
     def __init__(self) -> None:
-        self.layers: dict[int, LayerStats] = {}
+        self._layers: dict[int, LayerStats] = {}
 
     def layer(self, index: int) -> LayerStats:
-        return self.layers.setdefault(index, LayerStats())
+        """The counters of a layer, to write to."""
+        return self._layers.setdefault(index, LayerStats())
+
+    @property
+    def layers(self) -> dict[int, LayerStats]:
+        """The counters by layer, to read."""
+        for layer in self._layers.values():
+            layer.settle()
+        return self._layers
 
     @property
     def total(self) -> LayerStats:
@@ -46,11 +88,10 @@ class Stats:
     @property
     def density(self) -> float | None:
         """Share of the causal tiles that sparse calls computed; None before the first sparse call."""
-        total = self.total
-        return total.active_tiles / total.causal_tiles if total.causal_tiles else None
+        return self.total.density
 
     def reset(self) -> None:
-        self.layers.clear()
+        self._layers.clear()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
@@ -61,5 +102,5 @@ class Stats:
             "density": self.density,
             "selection_s": total.selection_s,
             "attention_s": total.attention_s,
-            "density_by_layer": {i: s.active_tiles / s.causal_tiles for i, s in sorted(self.layers.items()) if s.causal_tiles},
+            "density_by_layer": {i: s.density for i, s in sorted(self.layers.items()) if s.density is not None},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 
 import pytest
+import torch
 
 from accel.handle import Handle
 
@@ -86,6 +87,23 @@ def test_report_groups_skipped_layers_and_counts_calls(handle: Handle) -> None:
     assert "skipped 0, 3: sliding window" in report
     assert "2 sparse (density 0.25)" in report
     assert "7 dense (decode)" in report
+
+
+def test_report_names_layers_that_keep_reading_everything(handle: Handle) -> None:
+    for layer, active in ((0, 40), (1, 91), (2, 90), (3, 100)):
+        handle.stats.layer(layer).count_sparse(torch.tensor([active, 100]), is_deferred=False)
+    assert "layers 1, 3 read more than 90% of the blocks: dense_layers=[1, 3]" in handle.report()
+
+
+def test_counts_of_a_device_are_read_when_asked_for(handle: Handle) -> None:
+    layer = handle.stats.layer(0)
+    for active in (3, 4):
+        layer.count_sparse(torch.tensor([active, 10]), is_deferred=True)
+    assert (layer.sparse_calls, layer.active_tiles) == (0, 0), "nothing has been read yet"
+    assert handle.stats.density == 0.35
+    assert handle.stats.total.sparse_calls == 2
+    layer.count_sparse(torch.tensor([1, 10]), is_deferred=True)
+    assert (handle.stats.layers[0].sparse_calls, handle.stats.layers[0].active_tiles) == (3, 8)
 
 
 def test_a_reset_starts_new_counters(handle: Handle) -> None:

@@ -6,8 +6,10 @@ A plan never lists a block twice and never one above the diagonal; causality ins
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -31,13 +33,17 @@ class BlockPlan(ABC):
             raise ValueError(f"the plan describes {mask.shape[0]} heads, q has {n_heads}")
         return mask
 
+    @abstractmethod
+    def active_tiles(self, lens: Ragged, n_heads: int) -> Tensor:
+        """Tiles the plan computes, over all sequences and heads: () int64, on the lengths' device, which is never waited for."""
+
+    def tile_counts(self, lens: Ragged, n_heads: int) -> Tensor:
+        """`active_tiles`, and the tiles that a dense causal kernel would compute: (2,) int64. Waits for no device."""
+        return torch.stack([self.active_tiles(lens, n_heads), causal_tiles(lens, self.block_size) * n_heads])
+
     def tiles(self, lens: Ragged, n_heads: int) -> tuple[int, int]:
-        """Tiles the plan computes and tiles a dense causal kernel would, over all sequences and heads."""
-        active = total = 0
-        for rows in lens.rows():
-            mask = self.block_mask(rows)
-            active += int(mask.sum()) * (n_heads // mask.shape[0])
-            total += rows.causal_tiles(self.block_size) * n_heads
+        """`tile_counts` as Python numbers."""
+        active, total = self.tile_counts(lens, n_heads).tolist()
         return active, total
 
     def density(self, lens: Ragged, n_heads: int) -> float:
@@ -50,6 +56,19 @@ def causal_blocks(rows: Rows, block_size: int, device: torch.device | str = "cpu
     """Block distances i − j of one sequence, (nq, nk) int64; negative above the diagonal."""
     i = torch.arange(rows.query_blocks(block_size), device=device) + rows.first_block(block_size)
     return i[:, None] - torch.arange(rows.key_blocks(block_size), device=device)
+
+
+def query_block_range(lens: Ragged, block_size: int) -> tuple[Tensor, Tensor]:
+    """First query block of each sequence and the number of them, both (B,) int64."""
+    first = (lens.kv_len - lens.q_len) // block_size
+    n = (lens.kv_len + block_size - 1) // block_size - first
+    return first, torch.where(lens.q_len > 0, n, 0)
+
+
+def causal_tiles(lens: Ragged, block_size: int) -> Tensor:
+    """Tiles at or below the diagonal, one head, over all sequences: () int64."""
+    first, n = query_block_range(lens, block_size)
+    return (n * first + n * (n + 1) // 2).sum()
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,12 @@ class ImplicitPlan(BlockPlan):
             keep |= power if self.max_power is None else power & (distance <= 2**self.max_power)
         return (keep & (distance >= 0))[None]
 
+    def active_tiles(self, lens: Ragged, n_heads: int) -> Tensor:
+        first, n = query_block_range(lens, self.block_size)
+        # a power of two: decoding grows the length at every step, but rarely the table
+        before = _tiles_before(self, 1 << (-(-lens.max_kv // self.block_size)).bit_length(), first.device)
+        return (before[first + n] - before[first]).sum() * n_heads
+
     def row_blocks(self, i: int) -> list[int]:
         """Key blocks of query block i, ascending, without duplicates (sparse-attention.md §3.3)."""
         start = max(0, i - self.window_blocks + 1)
@@ -88,6 +113,13 @@ class ImplicitPlan(BlockPlan):
             top = i.bit_length() if self.max_power is None else min(i.bit_length(), self.max_power + 1)
             powers = [i - 2**m for m in reversed(range(top)) if self.sink_blocks <= i - 2**m < start]
         return [*range(min(self.sink_blocks, start)), *powers, *range(start, i + 1)]
+
+
+@lru_cache(maxsize=64)
+def _tiles_before(plan: ImplicitPlan, nk: int, device: torch.device) -> Tensor:
+    """Tiles of the first i rows of one head, (nk + 1,) int64, for i from 0 to nk."""
+    per_row = range(1, nk + 1) if plan.window_blocks >= nk else (len(plan.row_blocks(i)) for i in range(nk))
+    return torch.tensor([0, *itertools.accumulate(per_row)], device=device)
 
 
 @dataclass(frozen=True)
@@ -111,6 +143,29 @@ class VerticalSlashPlan(BlockPlan):
         if self.extra is not None:
             keep = keep | self.extra[rows.index, :, :nq, :nk]
         return keep & (distance >= 0)
+
+    def active_tiles(self, lens: Ragged, n_heads: int) -> Tensor:
+        # no (nq, nk) map is built for the lines: columns and diagonals are counted, and less what they share
+        first, n = (t[:, None, None] for t in query_block_range(lens, self.block_size))
+        end = first + n
+        line = torch.arange(self.vertical.shape[-1], device=self.vertical.device)
+        rows_of_line = (end - torch.maximum(first, line)).clamp_min(0) * (n > 0)
+        columns_up_to = torch.nn.functional.pad(self.vertical.cumsum(-1), (1, 0))
+        # diagonal Δ meets column j in row j + Δ, which must be a query row
+        lowest, highest = ((t - line).clamp(0, len(line)).expand_as(self.slash) for t in (first, end))
+        shared = (columns_up_to.gather(-1, highest) - columns_up_to.gather(-1, lowest)) * (n > 0)
+        active = (self.vertical * rows_of_line + self.slash * (rows_of_line - shared)).sum()
+        return active if self.extra is None else active + self._tiles_beside_lines(first, n)
+
+    def _tiles_beside_lines(self, first: Tensor, n: Tensor) -> Tensor:
+        """How many tiles `extra` adds. first, n: (B, 1, 1), query blocks."""
+        assert self.extra is not None
+        nq, nk = self.extra.shape[2:]
+        i, j = torch.arange(nq, device=self.extra.device)[:, None], torch.arange(nk, device=self.extra.device)
+        distance = first + i - j
+        on_diagonal = self.slash.gather(-1, distance.clamp(0, nk - 1).flatten(1)[:, None].expand(-1, self.slash.shape[1], -1))
+        on_line = on_diagonal.view(self.extra.shape) | self.vertical[:, :, None]
+        return (self.extra & ~on_line & ((distance >= 0) & (i < n))[:, None]).sum()
 
 
 @dataclass(frozen=True)
@@ -150,6 +205,12 @@ class ListPlan(BlockPlan):
                 order = part.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :width]
                 index[rows.index, :, :n, : order.shape[-1]] = order.to(torch.int32)
         return cls(block_size, counts[0], indices[0], counts[1], indices[1])
+
+    def active_tiles(self, lens: Ragged, n_heads: int) -> Tensor:
+        _, n = query_block_range(lens, self.block_size)
+        counts = self.mask_count + self.full_count
+        is_row = torch.arange(counts.shape[2], device=counts.device) < n[:, None, None]
+        return (counts * is_row).sum(dtype=torch.int64) * (n_heads // counts.shape[1])
 
     def block_mask(self, rows: Rows) -> Tensor:
         distance = causal_blocks(rows, self.block_size, self.mask_count.device)

@@ -159,10 +159,8 @@ def _own_attention(state: LayerState, call: Call, reason: str) -> Tensor:
 
 def _count(state: LayerState, call: Call, plan: BlockPlan, lens: Ragged, *, selection_s: float, attention_s: float) -> None:
     stats = state.stats
-    active, causal = plan.tiles(lens, call.q.shape[1])
-    stats.sparse_calls += 1
-    stats.active_tiles += active
-    stats.causal_tiles += causal
+    # reading a number from a GPU would wait for all that runs there
+    stats.count_sparse(plan.tile_counts(lens, call.q.shape[1]), is_deferred=call.q.device.type != "cpu")
     stats.selection_s += selection_s
     stats.attention_s += attention_s
     state.handle.notify(step=step_of(state, call.q, call.total), plan=plan, lens=lens)

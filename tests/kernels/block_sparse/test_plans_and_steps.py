@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from accel.kernels.block_sparse import ImplicitPlan, ListPlan, Ragged, Rows
+from accel.kernels.block_sparse import ImplicitPlan, ListPlan, Ragged, Rows, VerticalSlashPlan
 from accel.kernels.block_sparse.cpu_steps import schedule
 
 
@@ -109,3 +110,37 @@ def test_density_counts_causal_tiles_only(heads, density):
     lens = Ragged.of([32], [32])
     plan = ListPlan.from_mask([mask], lens, 16)
     assert plan.tiles(lens, 4) == ((12, 12) if heads == 1 else (8, 12))
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where an operation would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"), f"{name} reads a value on the host"
+        return func(*args, **(kwargs or {}))
+
+
+@st.composite
+def ragged(draw):
+    kv_len = draw(st.lists(st.integers(0, 40), min_size=1, max_size=3))
+    return Ragged.of([draw(st.integers(0, n)) for n in kv_len], kv_len)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ragged(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 4]), st.integers(0, 2**20))
+def test_tiles_are_counted_as_the_masks_say_and_without_reading_a_value(lens, block, heads, seed):
+    g = torch.Generator().manual_seed(seed)
+    all_rows = list(lens.rows())
+    nk, nq = (max(1, *(count(rows) for rows in all_rows)) for count in (lambda r: r.key_blocks(block), lambda r: r.query_blocks(block)))
+    vertical, slash = (torch.rand(lens.batch, heads, nk, generator=g) < 0.4 for _ in range(2))
+    lines = VerticalSlashPlan(block, vertical, slash)
+    beside = VerticalSlashPlan(block, vertical, slash, torch.rand(lens.batch, heads, nq, nk, generator=g) < 0.3)
+    lists = ListPlan.from_mask([beside.block_mask(rows) for rows in all_rows], lens, block)
+    implicit = [ImplicitPlan(block, 2, 1), ImplicitPlan(block, 1, 0, max_power=1), ImplicitPlan(block, 2, 3, powers=False), ImplicitPlan.dense(block)]
+    for plan in (lines, beside, lists, *implicit):
+        masks = [plan.block_mask(rows) for rows in all_rows]
+        want = [sum(int(m.sum()) * (heads // m.shape[0]) for m in masks), heads * sum(rows.causal_tiles(block) for rows in all_rows)]
+        with NoHostReads():
+            found = plan.tile_counts(lens, heads)
+        assert found.tolist() == want

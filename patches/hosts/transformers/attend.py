@@ -42,20 +42,32 @@ class Call(NamedTuple):
     """One attention call as transformers makes it.
 
     q (B, Hq, L, D); k, v (B, Hkv, n, D) in the same dtype. valid: (B, n) bool, keys that are no padding, or None.
-    offset: position of the first query among the keys; keys from offset + L on do not exist yet (static cache).
+    offset: position of the first query among the keys; keys from offset + L on do not exist yet (static cache). A tensor on a GPU, where
+    reading a static cache's counter would make the host wait.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     valid: Tensor | None
-    offset: int
+    offset: int | Tensor
     scale: float
     softcap: float | None
 
     @property
-    def total(self) -> int:
-        return self.offset + self.q.shape[2]
+    def most_keys(self) -> int:
+        """Keys up to the last query, or a bound of them where their number is on a GPU."""
+        return self.offset + self.q.shape[2] if isinstance(self.offset, int) else self.k.shape[2]
+
+    @property
+    def known_keys(self) -> int:
+        """What decides between dense and sparse: see `known_length`."""
+        return self.most_keys if isinstance(self.offset, int) else known_length(self.q, self.k)
+
+
+def known_length(q: Tensor, k: Tensor) -> int:
+    """Keys that shapes alone promise on a static cache whose counter is on a GPU: the prompt's own, or in decoding the whole cache."""
+    return q.shape[2] if q.shape[2] > 1 else k.shape[2]
 
 
 def attend(state: LayerState, call: Call, *, is_differentiable: bool = False) -> Tensor:
@@ -63,17 +75,23 @@ def attend(state: LayerState, call: Call, *, is_differentiable: bool = False) ->
 
     is_differentiable: the slower path with gradients.
     """
-    call = call._replace(k=call.k[:, :, : call.total], v=call.v[:, :, : call.total])
+    call = call._replace(k=call.k[:, :, : call.most_keys], v=call.v[:, :, : call.most_keys])
+    reason = why_method_dense(state, call.q, call.known_keys)
+    runs_original = state.method.dense_kernel == "original" or is_differentiable or why_no_executor(call.q.device, call.q.dtype) is not None
+    if reason is not None and runs_original:
+        return _own_attention(state, call, reason)
+    if call.valid is not None and call.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _own_attention(state, call, "padding inside a CUDA graph")
     laid_out = as_tokens(call)
     if laid_out is None:
         return _own_attention(state, call, "padding between tokens")
     tokens, keys, lens = laid_out
     started = time.perf_counter()
-    plan = _plan(state, call, tokens, keys, lens)
+    plan = RunDense(reason) if reason is not None else _plan(state, call, tokens, keys, lens)
     planned = time.perf_counter()
     if isinstance(plan, RunDense):
         state.stats.selection_s += planned - started
-        if state.method.dense_kernel == "original" or is_differentiable or why_no_executor(call.q.device, call.q.dtype):
+        if runs_original:
             return _own_attention(state, call, plan.reason)
         state.stats.dense_calls[plan.reason] += 1
         out = dense_attention(tokens, keys, lens, scale=call.scale, softcap=call.softcap, precision=state.method.precision)
@@ -91,19 +109,20 @@ def as_tokens(call: Call) -> tuple[Tensor, ContiguousKeys, Ragged] | None:
     batch, _, length, _ = call.q.shape
     device = call.q.device
     if call.valid is None:
-        start, end = (torch.full((batch,), n, dtype=torch.int64, device=device) for n in (0, call.total))
+        start = torch.zeros(batch, dtype=torch.int64, device=device)
+        end = start + (call.offset + length)
     else:
-        runs = runs_of(call.valid[:, : call.total])
+        runs = runs_of(call.valid[:, : call.most_keys])
         if runs is None:
             return None
         start, end = runs
         # one decoding step whose mask ends before the last key: only the mask says what the query sees
-        if length == 1 and bool((end != call.total).any()):
+        if length == 1 and bool((end != call.offset + length).any()):
             return None
     # rows of this call before the first or behind the last token of their sequence are padding
     first, last = ((t - call.offset).clamp(0, length) for t in (start, end))
     rows = torch.arange(batch, device=device) * length + first
-    lens = Ragged(q_start=rows, q_len=last - first, kv_len=end - start, max_q=length, max_kv=call.total)
+    lens = Ragged(q_start=rows, q_len=last - first, kv_len=end - start, max_q=length, max_kv=call.most_keys)
     return _token_rows(call.q.transpose(1, 2)), _key_view(call.k, call.v, start, end - start), lens
 
 
@@ -137,10 +156,7 @@ def runs_of(valid: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def _plan(state: LayerState, call: Call, tokens: Tensor, keys: ContiguousKeys, lens: Ragged) -> BlockPlan | RunDense:
-    reason = why_method_dense(state, call.q, call.total)
-    if reason is not None:
-        return RunDense(reason)
-    step = step_of(state, call.q, call.total)
+    step = step_of(state, call.q, call.known_keys)
     static = state.method.static_pattern(step)
     if static is not None:
         return static
@@ -152,7 +168,7 @@ def _own_attention(state: LayerState, call: Call, reason: str) -> Tensor:
     state.stats.dense_calls[reason] += 1
     module = state.module()
     assert module is not None  # it is the caller
-    mask = causal_mask_for(state.original, call.q, kv_length=call.total, q_offset=call.offset, valid=call.valid, config=module.config)
+    mask = causal_mask_for(state.original, call.q, kv_length=call.k.shape[2], q_offset=call.offset, valid=call.valid, config=module.config)
     kwargs: dict[str, Any] = {"dropout": 0.0} if call.softcap is None else {"dropout": 0.0, "softcap": call.softcap}
     return call_original(state.original_function, module, call.q, call.k, call.v, mask, scaling=call.scale, kwargs=kwargs)[0]
 
@@ -163,4 +179,4 @@ def _count(state: LayerState, call: Call, plan: BlockPlan, lens: Ragged, *, sele
     stats.count_sparse(plan.tile_counts(lens, call.q.shape[1]), is_deferred=call.q.device.type != "cpu")
     stats.selection_s += selection_s
     stats.attention_s += attention_s
-    state.handle.notify(step=step_of(state, call.q, call.total), plan=plan, lens=lens)
+    state.handle.notify(step=step_of(state, call.q, call.known_keys), plan=plan, lens=lens)

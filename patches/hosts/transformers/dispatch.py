@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from accel.errors import UnsupportedError
 from accel.patches.hosts.transformers import op as _op  # noqa: F401 - registers the operators
 from accel.patches.hosts.transformers.applicability import why_dense
-from accel.patches.hosts.transformers.attend import why_method_dense
+from accel.patches.hosts.transformers.attend import known_length, why_method_dense
 from accel.patches.hosts.transformers.layers import LAYERS, SLOT, Slot, call_original, original_attention
 from accel.patches.hosts.transformers.masks import LazyMask, mask_function_for
 
@@ -83,8 +83,10 @@ def _why_dense_now(slot: Slot, query: Tensor, key: Tensor, mask: Any) -> str | N
 
 
 def _live_length(query: Tensor, key: Tensor, mask: Any) -> int:
-    """Keys up to the last query: fewer than the key tensor holds on a static cache."""
+    """Keys up to the last query: fewer than the key tensor holds on a static cache. On a GPU only what shapes tell."""
     if isinstance(mask, LazyMask):
+        if isinstance(mask.q_offset, Tensor) and mask.q_offset.device.type != "cpu":
+            return known_length(query, key)
         return int(mask.q_offset) + query.shape[2]
     if isinstance(mask, Tensor) and mask.device.type == "cpu":
         return int(mask.any(0).flatten().nonzero()[-1]) + 1 if mask.any() else 0

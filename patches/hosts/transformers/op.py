@@ -21,7 +21,9 @@ def attention(
 
     The first query stands at `live_offset`, a static cache's counter, or else at `offset`.
     """
-    start = offset if live_offset is None else int(live_offset)
+    start: int | Tensor = offset
+    if live_offset is not None:
+        start = int(live_offset) if q.device.type == "cpu" else live_offset
     # the inputs have their final types; autocast would undo the executors' choice of precision
     with torch.autocast(q.device.type, enabled=False):
         return attend(LAYERS[key], Call(q, k, v, valid, start, scale, softcap)).contiguous()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from support import NoHostReads
 
 from accel.kernels.block_sparse import ImplicitPlan, ListPlan, Ragged, Rows, VerticalSlashPlan
 from accel.kernels.block_sparse.cpu_steps import schedule
@@ -110,15 +110,6 @@ def test_density_counts_causal_tiles_only(heads, density):
     lens = Ragged.of([32], [32])
     plan = ListPlan.from_mask([mask], lens, 16)
     assert plan.tiles(lens, 4) == ((12, 12) if heads == 1 else (8, 12))
-
-
-class NoHostReads(TorchDispatchMode):
-    """Raises where an operation would make the host wait for a device."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"), f"{name} reads a value on the host"
-        return func(*args, **(kwargs or {}))
 
 
 @st.composite

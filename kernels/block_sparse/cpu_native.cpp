@@ -89,6 +89,9 @@ inline void multiply(const bf16* a, int64_t a_row, const bf16* b, int64_t pairs,
     }
 }
 
+// The mask of the first n of 16 lanes; n may be any number.
+inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+
 // 2^x to 2e-7; 0 for x below -150; NaN stays NaN.
 inline __m512 exp2_of(__m512 x) {
     // the operand order keeps NaN: max returns its second argument then
@@ -126,12 +129,38 @@ struct Attention {
     float scale, softcap;      // softcap 0: none
 };
 
+// The attention of a few last rows, summed instead of multiplied with values.
+struct Probe {
+    const bf16* q;             // as above, `rows` rows, the last ones of the sequence
+    const bf16* keys;          // packed, by KV head
+    float* by_key;             // (heads, 2, kv_len): sums over the first `split` rows, and over the others
+    float* by_distance;        // (heads, kv_len): sums over all rows, by how far the key lies before its row
+    int64_t q_row, q_head, rows, split, kv_len, block;
+    int32_t heads, group, dim, threads;
+    float scale, softcap;
+};
+
 }  // extern "C"
 
 namespace {
 
 int64_t keys_per_block(int64_t block, int64_t dim) { return round_up(block, LANES) * dim; }
 int64_t values_per_block(int64_t block, int64_t dim) { return round_up(block, LANES) * round_up(dim, LANES); }
+
+// Turns a row of products into scores in units of log2, in place, columns from `visible` on to the lowest; returns their maximum or `top`.
+inline float finish_scores(float* row, int64_t width, int64_t visible, float scale, float softcap, float top) {
+    const __m512 factor = _mm512_set1_ps(softcap ? scale / softcap : scale * LOG2_E);
+    const __m512 cap = _mm512_set1_ps(softcap * LOG2_E), lowest = _mm512_set1_ps(LOWEST);
+    __m512 most = _mm512_set1_ps(top);
+    for (int64_t c = 0; c < width; c += 16) {
+        __m512 s = _mm512_mul_ps(_mm512_loadu_ps(row + c), factor);
+        if (softcap) s = _mm512_mul_ps(tanh_of(s), cap);
+        if (c + 16 > visible) s = _mm512_mask_mov_ps(lowest, first_lanes(visible - c), s);
+        _mm512_storeu_ps(row + c, s);
+        most = _mm512_max_ps(s, most);
+    }
+    return _mm512_reduce_max_ps(most);
+}
 
 // The buffers of one thread, and its tile's running softmax: `largest` and `total` of each row, in units of log2.
 struct Tile {
@@ -165,23 +194,13 @@ struct Tile {
 
     void softmax(const Attention& job, int64_t panel, int64_t r, int64_t visible) {
         float* row = &scores[r * width];
-        const __m512 scale = _mm512_set1_ps(job.softcap ? job.scale / job.softcap : job.scale * LOG2_E);
-        const __m512 cap = _mm512_set1_ps(job.softcap * LOG2_E), lowest = _mm512_set1_ps(LOWEST);
-        __m512 top = _mm512_set1_ps(largest[panel + r]);
-        for (int64_t c = 0; c < width; c += 16) {
-            __m512 s = _mm512_mul_ps(_mm512_loadu_ps(row + c), scale);
-            if (job.softcap) s = _mm512_mul_ps(tanh_of(s), cap);
-            if (c + 16 > visible) s = _mm512_mask_mov_ps(lowest, visible > c ? (1u << (visible - c)) - 1 : 0, s);
-            _mm512_storeu_ps(row + c, s);
-            top = _mm512_max_ps(s, top);
-        }
-        const float before = largest[panel + r], now = _mm512_reduce_max_ps(top);
+        const float before = largest[panel + r], now = finish_scores(row, width, visible, job.scale, job.softcap, before);
         const __m512 shift = _mm512_set1_ps(now);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t c = 0; c < width; c += 16) {
             __m512 p = exp2_of(_mm512_sub_ps(_mm512_loadu_ps(row + c), shift));
             // a row that sees nothing yet has the lowest score as its largest: its hidden keys must not count
-            if (c + 16 > visible) p = _mm512_maskz_mov_ps(visible > c ? (1u << (visible - c)) - 1 : 0, p);
+            if (c + 16 > visible) p = _mm512_maskz_mov_ps(first_lanes(visible - c), p);
             sum = _mm512_add_ps(sum, p);
             _mm256_storeu_si256((__m256i*)&probs[r * width + c], (__m256i)_mm512_cvtneps_pbh(p));
         }
@@ -198,7 +217,7 @@ struct Tile {
             for (int64_t c = 0; c < job.value_dim; c += 16) {
                 const __m256i result = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(&out[r * columns + c]), share));
                 const int64_t left = job.value_dim - c;
-                _mm256_mask_storeu_epi16(target + c, left < 16 ? (1u << left) - 1 : 0xffff, result);
+                _mm256_mask_storeu_epi16(target + c, first_lanes(left), result);
             }
             if (lse) lse[r] = is_empty ? -INFINITY : largest[r] * LN_2 + std::log(total[r]);
         }
@@ -221,6 +240,39 @@ void attend_tile(const Attention& job, Tile& tile, int64_t head, int64_t i) {
     tile.finish(job, rows, job.out + (begin - offset) * job.out_row + head * job.out_head,
                 job.lse ? job.lse + head * job.lse_head + (begin - offset) : nullptr);
 }
+
+// Key blocks that one job of the probe reads: enough to be worth a thread, few enough to keep all of them busy with one head.
+constexpr int64_t PROBE_BLOCKS = 8;
+
+// One thread of the probe: its rows of a head against a range of key blocks.
+struct ProbeRows {
+    int64_t width, padded;
+    std::vector<bf16> q;
+    std::vector<float> scores;
+
+    ProbeRows(const Probe& job)
+        : width(round_up(job.block, LANES)), padded(round_up(job.rows, ROWS)), q(padded * job.dim), scores(ROWS * width) {}
+
+    void load(const Probe& job, int64_t head) {
+        const bf16* first = job.q + head * job.q_head;
+        for (int64_t r = 0; r < job.rows; r++) std::memcpy(&q[r * job.dim], first + r * job.q_row, job.dim * sizeof(bf16));
+        std::fill(q.begin() + job.rows * job.dim, q.end(), 0);
+    }
+
+    // Calls visit(row, block, visible, scores) for every row and every block of lo .. hi-1; scores are products, not yet finished.
+    template <class Visit>
+    void each(const Probe& job, int64_t head, int64_t lo, int64_t hi, Visit visit) {
+        const int64_t b = job.block, nk = (job.kv_len + b - 1) / b, size = keys_per_block(b, job.dim);
+        const bf16* keys = job.keys + head / job.group * nk * size;
+        for (int64_t j = lo; j < hi; j++)
+            for (int64_t r = 0; r < job.rows; r += ROWS) {
+                for (int64_t c = 0; c < width; c += LANES)
+                    multiply(&q[r * job.dim], job.dim, keys + j * size + c * job.dim, job.dim / 2, &scores[c], width, nullptr);
+                for (int64_t x = r; x < std::min(r + ROWS, job.rows); x++)
+                    visit(x, j, std::min(job.kv_len - job.rows + x - j * b + 1, b), &scores[(x - r) * width]);
+            }
+    }
+};
 
 }  // namespace
 
@@ -273,5 +325,82 @@ int accel_attend(const Attention* job) {
         };
     };
     return run_parallel(job->heads * blocks, job->threads, make_worker) ? 0 : 1;
+}
+
+// Writes the sums of the rows' attention by key and by distance. 0, or 1 where memory ran out.
+int accel_probe(const Probe* job) {
+    const int64_t b = job->block, n = job->kv_len, rows = job->rows, width = round_up(b, LANES), nk = (n + b - 1) / b;
+    const int64_t parts = (nk + PROBE_BLOCKS - 1) / PROBE_BLOCKS, span = PROBE_BLOCKS * width + rows;
+    std::vector<float> largest, total, diagonals;
+    try {
+        largest.resize(job->heads * parts * rows, LOWEST);
+        total.resize(largest.size(), 0);
+        diagonals.resize(job->heads * parts * span, 0);
+    } catch (const std::exception&) {
+        return 1;
+    }
+    // the softmax's maximum and sum of each row and part
+    const auto measure = [&] {
+        return [&, tile = ProbeRows(*job)](int64_t index) mutable {
+            const int64_t head = index / parts, lo = index % parts * PROBE_BLOCKS;
+            tile.load(*job, head);
+            tile.each(*job, head, lo, std::min(lo + PROBE_BLOCKS, nk), [&](int64_t r, int64_t, int64_t visible, float* row) {
+                float& most = largest[index * rows + r];
+                const float now = finish_scores(row, width, visible, job->scale, job->softcap, most);
+                const __m512 shift = _mm512_set1_ps(now);
+                __m512 sum = _mm512_setzero_ps();
+                for (int64_t c = 0; c < visible; c += 16)
+                    sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(first_lanes(visible - c), exp2_of(_mm512_sub_ps(_mm512_loadu_ps(row + c), shift))));
+                float& here = total[index * rows + r];
+                here = here * _mm512_cvtss_f32(exp2_of(_mm512_set1_ps(most - now))) + _mm512_reduce_add_ps(sum);
+                most = now;
+            });
+        };
+    };
+    if (!run_parallel(job->heads * parts, job->threads, measure)) return 1;
+    // one sum per row over all parts; afterwards `largest` holds log2 of it
+    for (int64_t head = 0; head < job->heads; head++)
+        for (int64_t r = 0; r < rows; r++) {
+            const auto at = [&](int64_t part) { return (head * parts + part) * rows + r; };
+            float most = LOWEST, sum = 0;
+            for (int64_t part = 0; part < parts; part++) most = std::max(most, largest[at(part)]);
+            for (int64_t part = 0; part < parts; part++) sum += total[at(part)] * std::exp2(largest[at(part)] - most);
+            for (int64_t part = 0; part < parts; part++) largest[at(part)] = most + std::log2(sum);
+        }
+    const auto add_up = [&] {
+        return [&, tile = ProbeRows(*job), columns = std::vector<float>(2 * width)](int64_t index) mutable {
+            const int64_t head = index / parts, lo = index % parts * PROBE_BLOCKS, hi = std::min(lo + PROBE_BLOCKS, nk);
+            tile.load(*job, head);
+            for (int64_t j = lo; j < hi; j++) {
+                std::fill(columns.begin(), columns.end(), 0.0f);
+                tile.each(*job, head, j, j + 1, [&](int64_t r, int64_t, int64_t visible, float* row) {
+                    finish_scores(row, width, visible, job->scale, job->softcap, LOWEST);
+                    const __m512 shift = _mm512_set1_ps(largest[index * rows + r]);
+                    float* column = &columns[r < job->split ? 0 : width];
+                    // the keys at one distance from their row lie in one place of `diagonals`, counted from the part's first key
+                    float* diagonal = &diagonals[index * span + (j - lo) * b + rows - 1 - r];
+                    for (int64_t c = 0; c < visible; c += 16) {
+                        const __mmask16 seen = first_lanes(visible - c);
+                        const __m512 p = _mm512_maskz_mov_ps(seen, exp2_of(_mm512_sub_ps(_mm512_loadu_ps(row + c), shift)));
+                        _mm512_storeu_ps(column + c, _mm512_add_ps(_mm512_loadu_ps(column + c), p));
+                        _mm512_mask_storeu_ps(diagonal + c, seen, _mm512_add_ps(_mm512_maskz_loadu_ps(seen, diagonal + c), p));
+                    }
+                });
+                for (int64_t half = 0; half < 2; half++)
+                    std::memcpy(job->by_key + (head * 2 + half) * n + j * b, &columns[half * width], std::min(b, n - j * b) * sizeof(float));
+            }
+        };
+    };
+    if (!run_parallel(job->heads * parts, job->threads, add_up)) return 1;
+    for (int64_t head = 0; head < job->heads; head++) {
+        float* target = job->by_distance + head * n;
+        std::fill(target, target + n, 0.0f);
+        for (int64_t part = 0; part < parts; part++)
+            for (int64_t x = 0; x < span; x++) {
+                const int64_t distance = n - 1 - (part * PROBE_BLOCKS * b + x);
+                if (distance >= 0) target[distance] += diagonals[(head * parts + part) * span + x];
+            }
+    }
+    return 0;
 }
 }

@@ -15,8 +15,10 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,17 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _Probe(ctypes.Structure):
+    """`struct Probe` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "by_key", "by_distance")),
+        *((name, ctypes.c_int64) for name in ("q_row", "q_head", "rows", "split", "kv_len", "block")),
+        *((name, ctypes.c_int32) for name in ("heads", "group", "dim", "threads")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    )
+
+
 def why_unavailable() -> str | None:
     """Why the compiled kernel cannot run here, or None. The first call of a machine compiles it."""
     return _library()[1]
@@ -64,21 +77,15 @@ def native_attention(
     it is not. mask: (Hq or 1, nq, nk) bool, the key blocks of each query block; None lists all. Beyond the outputs it holds at most
     `PACK_BYTES` of packed keys and values, or one head's. Raises MemoryError where the machine has no memory left.
     """
-    library, reason = _library()
-    if library is None:
-        raise RuntimeError(f"the compiled kernel is not available: {reason}")
+    library = _loaded()
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     (n_kv, n, dim), value_dim, group = k.shape, v.shape[2], q.shape[1] // k.shape[0]
     threads = torch.get_num_threads()
     sizes = library.accel_packed_keys(n, block_size, dim), library.accel_packed_values(n, block_size, value_dim)
-    at_once = max(1, min(n_kv, PACK_BYTES // (2 * sum(sizes))))
     mask = mask if mask is None else mask.contiguous()
-    keys, values = (torch.empty(at_once * size, dtype=torch.bfloat16) for size in sizes)
-    for first in range(0, n_kv, at_once):
-        heads = range(first, min(first + at_once, n_kv))
-        for pack, side, packed in ((library.accel_pack_keys, k, keys), (library.accel_pack_values, v, values)):
-            part = side[heads.start : heads.stop]
-            _check(pack(part.data_ptr(), part.stride(0), part.stride(1), len(heads), n, block_size, part.shape[2], packed.data_ptr(), threads))
+    for heads in _in_turn(n_kv, 2 * sum(sizes)):
+        keys = _packed(library.accel_pack_keys, k, heads, block_size, sizes[0])
+        values = _packed(library.accel_pack_values, v, heads, block_size, sizes[1])
         own = slice(heads.start * group, heads.stop * group)
         queries, results = q[:, own], out[:, own]
         masks = mask if mask is None or mask.shape[0] == 1 else mask[own]
@@ -93,9 +100,57 @@ def native_attention(
         _check(library.accel_attend(ctypes.byref(job)))
 
 
+def native_probe(
+    q: Tensor, k: Tensor, *, block_size: int, split: int, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Sums of the attention of the last rows, by key (Hq, 2, N) and by token distance (Hq, N), both fp32.
+
+    q: (ℓ, Hq, D), the last rows of a sequence; k: (Hkv, N, D); bf16. By key the first `split` rows and the others are summed apart.
+    A NaN or an infinite score spoils the sums of its head.
+    """
+    library = _loaded()
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    (n_kv, n, dim), group = k.shape, q.shape[1] // k.shape[0]
+    size = library.accel_packed_keys(n, block_size, dim)
+    by_key, by_distance = torch.empty(q.shape[1], 2, n), torch.empty(q.shape[1], n)
+    for heads in _in_turn(n_kv, 2 * size):
+        keys = _packed(library.accel_pack_keys, k, heads, block_size, size)
+        own = slice(heads.start * group, heads.stop * group)
+        queries = q[:, own]
+        job = _Probe(
+            q=queries.data_ptr(), q_row=q.stride(0), q_head=q.stride(1), keys=keys.data_ptr(), by_key=by_key[own].data_ptr(),
+            by_distance=by_distance[own].data_ptr(), rows=q.shape[0], split=split, kv_len=n, block=block_size, heads=queries.shape[1],
+            group=group, dim=dim, threads=torch.get_num_threads(), scale=scale, softcap=softcap or 0.0,
+        )  # fmt: skip
+        _check(library.accel_probe(ctypes.byref(job)))
+    return by_key, by_distance
+
+
+def _in_turn(n_heads: int, head_bytes: int) -> Iterator[range]:
+    """KV heads, as many at a time as `PACK_BYTES` hold."""
+    at_once = max(1, PACK_BYTES // head_bytes)
+    return (range(first, min(first + at_once, n_heads)) for first in range(0, n_heads, at_once))
+
+
+def _packed(pack: Any, source: Tensor, heads: range, block_size: int, size: int) -> Tensor:
+    """Keys or values of some heads as the kernel reads them; `size`: elements of one head."""
+    part = source[heads.start : heads.stop]
+    packed = torch.empty(len(heads) * size, dtype=torch.bfloat16)
+    n, dim = part.shape[1:]
+    _check(pack(part.data_ptr(), part.stride(0), part.stride(1), len(heads), n, block_size, dim, packed.data_ptr(), torch.get_num_threads()))
+    return packed
+
+
 def _check(code: int) -> None:
     if code:
         raise MemoryError("the attention kernel found no memory for its tiles")
+
+
+def _loaded() -> ctypes.CDLL:
+    library, reason = _library()
+    if library is None:
+        raise RuntimeError(f"the compiled kernel is not available: {reason}")
+    return library
 
 
 @cache
@@ -149,7 +204,7 @@ def _load(path: Path) -> ctypes.CDLL:
         function.argtypes, function.restype = (number, number, number), number
     for name in ("accel_pack_keys", "accel_pack_values"):
         getattr(library, name).argtypes = (pointer, number, number, number, number, number, number, pointer, ctypes.c_int)
-    library.accel_attend.argtypes = (pointer,)
+    library.accel_attend.argtypes = library.accel_probe.argtypes = (pointer,)
     return library
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from accel.kernels.block_sparse import Rows
+from accel.kernels.block_sparse import Rows, cpu_native
 from accel.kernels.block_sparse.cpu_probe import fp32_products_routed, route_for
-from accel.kernels.flex_index.probe import run_probe, sum_blocks
+from accel.kernels.flex_index.probe import Probe, run_native_probe, run_probe, sum_blocks
 from accel.kernels.flex_index.result import HeadDiagnostics, SequenceSelection
 from accel.kernels.flex_index.rule import SelectionRule
 from accel.kernels.flex_index.select import estimate_probe, js_distance, query_aware_tiles, select_lines, slash_block_mass
@@ -16,8 +18,7 @@ from accel.kernels.flex_index.select import estimate_probe, js_distance, query_a
 def select_sequence(q: Tensor, k: Tensor, rows: Rows, rule: SelectionRule, *, scale: float, softcap: float | None) -> SequenceSelection:
     """Blocks of one sequence. q: (L, Hq, D), k: (Hkv, N, D), views in any floating dtype; the arithmetic is fp32."""
     scale = rule.scale_of(scale, q.shape[-1])
-    with fp32_products_routed(q.device.type == "cpu" and route_for(torch.float32, "accurate").is_routed):
-        probe = run_probe(q, k, rows, block_size=rule.block_size, scale=scale, softcap=softcap)
+    probe = probe_by_best_kernel(q, k, rows, block_size=rule.block_size, scale=scale, softcap=softcap)
     vertical_mass = sum_blocks(probe.column_mass, rule.block_size)
     slash_mass = slash_block_mass(probe.distance_mass, rule)
     estimate = estimate_probe(probe.mean_query, probe.mean_keys, rows, rule, scale=scale, softcap=softcap)
@@ -42,3 +43,14 @@ def select_sequence(q: Tensor, k: Tensor, rows: Rows, rule: SelectionRule, *, sc
         tile_mass=probe.tile_mass,
     )
     return SequenceSelection(vertical, slash, heads, extra, is_finite, diagnostics)
+
+
+def probe_by_best_kernel(q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float, softcap: float | None) -> Probe:
+    """The probe by the compiled kernel where attention itself runs on it, and by torch elsewhere."""
+    options: dict[str, Any] = {"block_size": block_size, "scale": scale, "softcap": softcap}
+    if q.device.type != "cpu":
+        return run_probe(q, k, rows, **options)
+    if cpu_native.takes(q.dtype, q.shape[2]) and q.dtype == k.dtype and q.stride(-1) == 1 and route_for(q.dtype, "accurate").kernel == "native":
+        return run_native_probe(q, k, rows, **options)
+    with fp32_products_routed(route_for(torch.float32, "accurate").is_routed):
+        return run_probe(q, k, rows, **options)

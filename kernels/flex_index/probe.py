@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accel.kernels.block_sparse import Rows
+from accel.kernels.block_sparse.cpu_native import native_probe
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,18 @@ def run_probe(q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float
             column_mass[i_h] = by_key.sum(0)
             tile_mass[i_h] = sum_blocks(by_key, block_size)
     return Probe(column_mass, distance_mass, tile_mass, queries.mean(0), mean_keys)
+
+
+def run_native_probe(q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float, softcap: float | None) -> Probe:
+    """`run_probe` by the compiled CPU kernel, for bf16: two passes over the keys, nothing of size (ℓ, N) stored."""
+    n, length = rows.kv_len, probe_length(rows, block_size)
+    queries = q[-length:]
+    # rows of the first of two query blocks; all of them where there is one
+    split = min(length, -(n - length) % block_size or block_size)
+    by_key, distance_mass = native_probe(queries, k, block_size=block_size, split=split, scale=scale, softcap=softcap)
+    by_key = by_key.div_(length)[:, : 1 if split == length else 2]
+    mean_keys = torch.stack([grid_means(head.float(), 0, block_size) for head in k])
+    return Probe(by_key.sum(1), distance_mass.div_(length), sum_blocks(by_key, block_size), queries.float().mean(0), mean_keys)
 
 
 @dataclass(frozen=True)

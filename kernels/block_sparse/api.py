@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from contextlib import nullcontext
 from functools import cache
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from accel.errors import UnsupportedError
-from accel.kernels.block_sparse.cpu import cpu_attention
+from accel.kernels.block_sparse.cpu import DENSE_BLOCK, cpu_attention
 from accel.kernels.block_sparse.cpu_probe import Precision
-from accel.kernels.block_sparse.executors import why_no_executor
+from accel.kernels.block_sparse.executors import TRITON_MAX_HEAD_DIM, triton_obstacles, why_no_executor
+from accel.kernels.block_sparse.executors import dispatches as dispatches
 from accel.kernels.block_sparse.keys import KeyView
 from accel.kernels.block_sparse.naive import naive_attention
 from accel.kernels.block_sparse.plan import BlockPlan, ImplicitPlan
 from accel.kernels.block_sparse.ragged import Ragged
 
-Impl = Literal["auto", "triton", "cpu", "naive"]
-
-# Calls of this process by executor: "cpu", "naive", "dense-cpu", "dense-naive"; where "auto" had to fall back also under "auto->naive".
-dispatches: Counter[str] = Counter()
+Impl = Literal["auto", "triton", "cpu", "naive", "flex", "cute"]
 
 _log = logging.getLogger(__name__)
 
@@ -68,13 +66,14 @@ def block_sparse_attention(
     Rows without keys and rows of q that belong to no sequence become 0 with LSE −inf. A NaN in q or k reaches exactly the rows that see it.
     A NaN in v reaches those too, and may reach rows computed in one product with them: their query block, or a whole call of at most 16 rows.
     impl: "auto" runs the best executor for these tensors and may fall back (logged once, counted in `dispatches`); any other name runs or
-    raises `UnsupportedError` with the reasons. precision: "fast" computes the scores of bf16 inputs in bf16 where a CPU is faster so.
+    raises `UnsupportedError` with the reasons. On CUDA nothing waits for the device, so lengths are trusted there, not checked.
+    precision: "fast" computes the scores of bf16 inputs in bf16 where a CPU is faster so.
     No gradients: raises `UnsupportedError` where they are asked for.
     """
     out = _checked(q, keys, lens, out=out, softcap=softcap)
     if plan.block_size <= 0:
         raise ValueError(f"the plan's block_size must be positive, got {plan.block_size}")
-    chosen = _choose(impl, q)
+    chosen = _choose(impl, q, keys)
     dispatches[chosen] += 1
     return _run(chosen, q, keys, plan, lens, scale=scale, softcap=softcap, return_lse=return_lse, out=out, precision=precision)
 
@@ -111,13 +110,13 @@ def dense_attention(
     out: Tensor | None = None,
     precision: Precision = "accurate",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention over all keys, the best dense baseline of a CPU (kernels.md §0.2, §2.6).
+    """Causal attention over all keys, the best dense baseline of a CPU (kernels.md §0.2, §2.6); on CUDA the sparse kernel with every block.
 
-    By batched matrix products in decoding, and in prefill unless the probe found torch's own attention as fast. Arguments and results as in
-    `block_sparse_attention`, without a plan.
+    On a CPU by batched matrix products in decoding, and in prefill unless the probe found torch's own attention as fast. Arguments and results
+    as in `block_sparse_attention`, without a plan.
     """
     out = _checked(q, keys, lens, out=out, softcap=softcap)
-    chosen = _choose("auto", q)
+    chosen = _choose("auto", q, keys)
     dispatches[f"dense-{chosen}"] += 1
     return _run(chosen, q, keys, None, lens, scale=scale, softcap=softcap, return_lse=return_lse, out=out, precision=precision)
 
@@ -127,28 +126,88 @@ def _run(
     scale: float, softcap: float | None, return_lse: bool, out: Tensor, precision: Precision,
 ) -> Tensor | tuple[Tensor, Tensor]:
     if executor == "naive":
-        result, full_lse = naive_attention(q, keys, plan or ImplicitPlan.dense(128), lens, scale=scale, softcap=softcap)
+        result, full_lse = naive_attention(q, keys, plan or ImplicitPlan.dense(DENSE_BLOCK), lens, scale=scale, softcap=softcap)
         out.copy_(result)
         return (out, full_lse.float()) if return_lse else out
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32) if return_lse else None
-    cpu_attention(q, keys, plan, lens, scale=scale, softcap=softcap, out=out, lse=lse, precision=precision)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device) if return_lse else None
+    if executor in ("flex", "cute"):
+        _run_optional(executor, q, keys, plan or ImplicitPlan.dense(DENSE_BLOCK), lens, scale=scale, softcap=softcap, out=out, lse=lse)
+    elif executor == "triton":
+        _run_triton(q, keys, plan or ImplicitPlan.dense(DENSE_BLOCK), lens, scale=scale, softcap=softcap, out=out, lse=lse)
+    else:
+        cpu_attention(q, keys, plan, lens, scale=scale, softcap=softcap, out=out, lse=lse, precision=precision)
     return out if lse is None else (out, lse)
 
 
-def _choose(impl: Impl, q: Tensor) -> str:
+def _run_optional(
+    executor: str, q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *,
+    scale: float, softcap: float | None, out: Tensor, lse: Tensor | None,
+) -> None:
+    from accel.kernels.block_sparse.cute_executor import cute_attention
+    from accel.kernels.block_sparse.flex_executor import flex_executor
+
+    attend = flex_executor if executor == "flex" else cute_attention
+    attend(q, keys, plan, lens, scale=scale, softcap=softcap, out=out, lse=lse)
+
+
+def _run_triton(
+    q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *, scale: float, softcap: float | None, out: Tensor, lse: Tensor | None
+) -> None:
+    # imported where they run: the package must load where triton is not installed
+    from accel.kernels.block_sparse.triton_decode import takes_decode, triton_decode
+    from accel.kernels.block_sparse.triton_launch import triton_attention
+
+    # triton launches on the current device, whichever device the tensors are on
+    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
+        attend = triton_decode if takes_decode(plan, lens) else triton_attention
+        attend(q, keys, plan, lens, scale=scale, softcap=softcap, out=out, lse=lse)
+
+
+def _choose(impl: Impl, q: Tensor, keys: KeyView) -> str:
     """Name of the executor that runs; raises where the asked one cannot."""
-    if impl == "triton":
-        raise UnsupportedError("impl='triton' cannot run", ["the Triton executor is not part of this release; use 'auto', 'cpu' or 'naive'"])
-    if impl not in ("auto", "cpu", "naive"):
-        raise ValueError(f"impl must be one of auto, triton, cpu, naive, got {impl!r}")
-    obstacle = None if impl == "naive" else why_no_executor(q.device, q.dtype)
-    if obstacle is None:
-        return "naive" if impl == "naive" else "cpu"
-    if impl == "cpu":
-        raise UnsupportedError("impl='cpu' cannot run here", [obstacle])
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+    if impl == "naive":
+        return "naive"
+    if impl in ("flex", "cute"):
+        if reasons := _optional_reasons(impl, q):
+            raise UnsupportedError(f"impl={impl!r} cannot run here", reasons)
+        return impl
+    fast = "triton" if impl == "triton" or (impl == "auto" and q.device.type == "cuda") else "cpu"
+    obstacles = _triton_reasons(q, keys) if fast == "triton" else _cpu_reasons(q)
+    if not obstacles:
+        return fast
+    if impl != "auto":
+        raise UnsupportedError(f"impl={impl!r} cannot run here", obstacles)
     dispatches["auto->naive"] += 1
-    _log_fallback(obstacle)
+    _log_fallback("; ".join(obstacles))
     return "naive"
+
+
+def _optional_reasons(impl: str, q: Tensor) -> list[str]:
+    """Why FlexAttention or flash_attn.cute cannot run; "auto" never chooses them, for nobody has measured yet where they are faster."""
+    # imported where they are asked for: both are heavy
+    from accel.kernels.block_sparse import cute_executor, flex_executor
+
+    reason = (flex_executor if impl == "flex" else cute_executor).available()
+    if reason is None and q.device.type != "cuda":
+        reason = f"the tensors are on {q.device.type}"
+    return [] if reason is None else [reason]
+
+
+def _triton_reasons(q: Tensor, keys: KeyView) -> list[str]:
+    reasons = list(triton_obstacles(q.device, q.dtype))
+    largest = max(keys.head_dim, keys.value_dim)
+    if largest > TRITON_MAX_HEAD_DIM:
+        reasons.append(f"head_dim is {largest}, the kernels take at most {TRITON_MAX_HEAD_DIM}")
+    return reasons
+
+
+def _cpu_reasons(q: Tensor) -> list[str]:
+    if q.device.type != "cpu":
+        return [f"the tensors are on {q.device.type}"]
+    reason = why_no_executor(q.device, q.dtype)
+    return [] if reason is None else [reason]
 
 
 @cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from accel.errors import UnsupportedError
-from accel.kernels.block_sparse import ContiguousKeys, ImplicitPlan, ListPlan, Ragged, api, block_sparse_attention, dense_attention, dispatches
+from accel.kernels.block_sparse import (
+    ContiguousKeys,
+    ImplicitPlan,
+    ListPlan,
+    Ragged,
+    api,
+    block_sparse_attention,
+    dense_attention,
+    dispatches,
+    executors,
+)
 from accel.kernels.block_sparse.cpu_common import workspace
 
 DENSE = ImplicitPlan.dense(16)
@@ -44,13 +56,47 @@ def test_auto_falls_back_for_fp64_counted_and_logged_once(case, caplog):
 
 def test_a_named_executor_runs_or_raises_with_the_reason(case):
     one = case([20])
-    with pytest.raises(UnsupportedError, match="not part of this release") as caught:
-        run(one, impl="triton")
-    assert caught.value.reasons
+    with pytest.raises(UnsupportedError, match="the tensors are on cpu, the kernels need CUDA") as caught:
+        run(replace(one, q=one.q.double(), keys=one.doubled().keys), impl="triton")
+    # every reason at once
+    assert len(caught.value.reasons) >= 2
+    assert "float64" in str(caught.value)
     with pytest.raises(UnsupportedError, match="float64"):
         run(one.doubled(), impl="cpu")
-    with pytest.raises(ValueError, match="impl must be one of"):
+    for impl, reason in (("flex", "CUDA"), ("cute", "flash_attn.cute")):
+        with pytest.raises(UnsupportedError, match=reason):
+            run(one, impl=impl)
+    with pytest.raises(ValueError, match="impl must be one of auto, triton, cpu, naive, flex, cute"):
         run(one, impl="cuda")
+
+
+@pytest.mark.parametrize(
+    "capability, is_installed, dtype, reason",
+    [
+        ((9, 0), True, torch.bfloat16, None),
+        ((8, 0), True, torch.float32, None),
+        ((7, 5), True, torch.float16, "compute capability 7.5, the kernels need 8.0"),
+        ((9, 0), False, torch.float16, "triton is not installed"),
+        ((9, 0), True, torch.float64, "no sparse kernel for torch.float64"),
+    ],
+    ids=["hopper", "ampere", "turing", "no_triton", "fp64"],
+)
+def test_hosts_are_told_where_cuda_has_a_kernel(monkeypatch, capability, is_installed, dtype, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(executors, "find_spec", lambda name: object() if is_installed else None)
+    executors.triton_obstacles.cache_clear()
+    found = executors.why_no_executor(torch.device("cuda"), dtype)
+    executors.triton_obstacles.cache_clear()
+    assert found is None if reason is None else found is not None and reason in found
+
+
+def test_other_devices_have_none():
+    assert "mps" in str(executors.why_no_executor(torch.device("mps"), torch.float16))
+
+
+def test_the_interface_loads_without_triton():
+    code = "import sys; sys.modules['triton'] = None; from accel.kernels import block_sparse; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("impl", ["cpu", "naive"])

@@ -1,0 +1,59 @@
+"""Every check and every benchmark of the GPU visit, once, in the interpreter and with small sizes: none of them may die of a typo there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accel.evals.gpu import contestants as gpu_contestants
+from accel.evals.gpu.bench import Lab, Sizes, benches, run_benches
+from accel.evals.gpu.checks import Profile, Skipped, checks
+from accel.evals.gpu.report import Record
+from accel.evals.gpu.timing import HostTimer
+from accel.kernels.block_sparse import ImplicitPlan
+from accel.kernels.flex_index import SelectionRule
+
+PROFILE = Profile(
+    torch.device("cpu"), dtype=torch.float32, other_dtype=torch.float16, block=16, other_blocks=(32,), head_dim=16, other_dims=(24,),
+    heads=(2, 1), other_heads=((3, 3),), pages=(16, 32), q_len=(37, 20, 1), kv_len=(37, 53, 18), batches=(1, 2), decode_kv=70, prompt=96,
+    most_tokens=256,
+)  # fmt: skip
+SIZES = Sizes(
+    dtype=torch.float16, heads=(2, 1), few_heads=(2, 1), block=32, power=ImplicitPlan(32, 1), densities=(0.25,), main_tokens=64,
+    long_tokens=96, other_tokens=(), head_dims=(16, 32), batches=(2,), decode_tokens=64, pages=(32,), launch_tokens=32, launch_calls=1,
+    copy_bytes=1024, product=16, seconds=0.0, fewest=1, wants_flex=False, rule=SelectionRule(block_size=32, min_budget=32),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("check", checks(PROFILE), ids=lambda check: check.name)
+def test_the_checks_run(check):
+    if check.name.startswith(("graph", "no sync")):
+        with pytest.raises(Skipped, match="needs a CUDA device"):
+            check.run()
+    else:
+        assert check.run()
+
+
+@pytest.mark.slow
+def test_every_benchmark_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_contestants, "PREFILL_TILES", {16: ((16, 16, 4, 1, None),), 32: ((32, 16, 4, 1, None),)})
+    monkeypatch.setattr(gpu_contestants, "DECODE_TILES", ((16, 4, 1),))
+    record = Record(tmp_path / "cpu.json", {"device": "cpu", "date": "today"})
+    lab = Lab(torch.device("cpu"), HostTimer(), record, SIZES)
+    # the second length runs the same code
+    wanted = [bench for bench in benches(SIZES) if bench.name != "flexprefill 0.0625K D16"]
+    with torch.no_grad():
+        run_benches(lab, wanted)
+    assert [entry["bench"] for entry in record.benches] == [bench.name for bench in wanted]
+    assert len({bench.name for bench in wanted}) == len(wanted)
+    assert [entry for entry in record.benches if entry["state"] != "measured"] == []
+    # what a CPU does not have falls out, with its reason; everything of ours is measured
+    not_here = {"sdpa cudnn", "flash-attn 2", "flash-attn 3", "flash_attn.cute", "flex", "cute"}
+    assert {(entry["bench"], name): why for entry in record.benches for name, why in entry["failed"].items() if name not in not_here} == {}
+    whats = {(row["bench"], row["what"]) for row in record.rows}
+    assert {("ceilings", "copy"), ("prefill 0.0625K D16", "power"), ("flexprefill 0.09375K D16", "selection and kernel")} <= whats
+    assert {("decode 2", "power, in a graph"), ("launch", "selection"), ("pages", "pages of 32")} <= whats
+    assert {("tiles of decoding", "16 keys, 4 warps, 1 stages"), ("tiles 0.0625K D32", "32×16, 4 warps, 1 stages")} <= whats
+    assert record.is_complete
+    page = record.path.with_suffix(".md").read_text(encoding="utf-8")
+    assert "| lists 25 % |" in page

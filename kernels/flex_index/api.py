@@ -1,8 +1,11 @@
-"""`flex_index`: checks, one selection per sequence, one plan for the batch."""
+"""`flex_index`: checks, and one plan for the batch: by kernels for all sequences together, or sequence by sequence."""
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from dataclasses import replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -10,12 +13,19 @@ from torch import Tensor
 
 from accel.errors import OptionError, UnsupportedError
 from accel.kernels.block_sparse import KeyView, Ragged, Rows, VerticalSlashPlan
-from accel.kernels.flex_index import cpu, naive
+from accel.kernels.flex_index import cpu, naive, triton_select
 from accel.kernels.flex_index.result import FlexIndex, HeadDiagnostics, SequenceSelection
 from accel.kernels.flex_index.rule import SelectionRule
 
+Impl = Literal["auto", "triton", "cpu", "naive"]
+
 # "cpu" is plain torch and runs on any device; "naive" is the definition, in fp64 and with loops.
-_SELECTORS = {"auto": cpu.select_sequence, "cpu": cpu.select_sequence, "naive": naive.select_sequence}
+_SELECTORS = {"cpu": cpu.select_sequence, "naive": naive.select_sequence}
+
+# Calls of this process by executor: "triton", "cpu", "naive"; where "auto" could not use the kernels on CUDA tensors also under "auto->cpu".
+dispatches: Counter[str] = Counter()
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -27,7 +37,7 @@ def flex_index(
     rule: SelectionRule,
     scale: float,
     softcap: float | None = None,
-    impl: Literal["auto", "triton", "cpu", "naive"] = "auto",
+    impl: Impl = "auto",
     diagnostics: bool = False,
 ) -> FlexIndex:
     """FlexPrefill's plan of a batch, found from the attention of each sequence's last queries (sparse-attention.md §2.3–2.7).
@@ -35,13 +45,17 @@ def flex_index(
     q: (tokens, Hq, D) view, post-RoPE, the rows of sequence b given by `lens`; rows in gaps are never read. keys: the same sequences,
     cached prefix included; Hq a multiple of Hkv, query head h reads KV head h // (Hq / Hkv). scale, softcap: the layer's.
     A sequence that the rule keeps whole (`gamma` 1, or too short) and a head whose attention is not finite keep every tile.
+    impl: "auto" takes the kernels for CUDA tensors and torch elsewhere; where the kernels cannot run (the published fidelity, fp64, maps of
+    query-aware heads beyond `triton_select.MAP_TILES`, …) torch does, logged once and counted in `dispatches`. "triton" runs or raises
+    UnsupportedError with the reasons; its plan holds `extra` wherever `tau` > 0, and without `diagnostics` nothing waits for the device.
     Raises ValueError where shapes disagree, UnsupportedError for other than floating 16-, 32- or 64-bit tensors.
     """
-    if impl == "triton":
-        raise UnsupportedError("flex_index cannot run impl='triton'", ["no Triton executor is built yet; 'auto' runs on any device"])
-    if impl not in _SELECTORS:
-        raise OptionError(f"flex_index: impl must be one of {', '.join(_SELECTORS)}, got {impl!r}")
     _check(q, keys, lens)
+    chosen = _choose(impl, q, keys, lens, rule)
+    dispatches[chosen] += 1
+    if chosen == "triton":
+        return _by_kernels(q, keys, lens, rule, scale=scale, softcap=softcap, diagnostics=diagnostics)
+    select_sequence = _SELECTORS[chosen]
     all_rows = list(lens.rows())
     draft = _Draft.empty(all_rows, q, rule)
     details: list[HeadDiagnostics | None] = []
@@ -52,7 +66,7 @@ def flex_index(
             details.append(None)
             continue
         k, _ = keys.tokens(rows.index)
-        found = _SELECTORS[impl](q[rows.q_start : rows.q_start + rows.q_len], k, rows, rule, scale=scale, softcap=softcap)
+        found = select_sequence(q[rows.q_start : rows.q_start + rows.q_len], k, rows, rule, scale=scale, softcap=softcap)
         draft.add(rows, found)
         details.append(found.diagnostics)
     if rule.gqa_mode == "group_union":
@@ -62,6 +76,50 @@ def flex_index(
         return FlexIndex(plan, draft.is_finite)
     covered = (d and replace(d, probe_coverage=_coverage(d.tile_mass, plan, rows)) for d, rows in zip(details, all_rows, strict=True))
     return FlexIndex(plan, draft.is_finite, tuple(covered))
+
+
+def _choose(impl: Impl, q: Tensor, keys: KeyView, lens: Ragged, rule: SelectionRule) -> str:
+    """Name of the executor that runs; raises where the asked one cannot."""
+    if impl in _SELECTORS:
+        return impl
+    if impl not in ("auto", "triton"):
+        raise OptionError(f"flex_index: impl must be one of triton, auto, {', '.join(_SELECTORS)}, got {impl!r}")
+    if impl == "auto" and q.device.type != "cuda":
+        return "cpu"
+    obstacles = triton_select.obstacles(q, keys, lens, rule)
+    if not obstacles:
+        return "triton"
+    if impl == "triton":
+        raise UnsupportedError("flex_index cannot run impl='triton'", obstacles)
+    dispatches["auto->cpu"] += 1
+    _log_fallback("; ".join(obstacles))
+    return "cpu"
+
+
+@cache
+def _log_fallback(reasons: str) -> None:
+    # cached: a reason is logged once
+    _log.warning("flex_index selects by torch, sequence by sequence: %s", reasons)
+
+
+def _by_kernels(
+    q: Tensor, keys: KeyView, lens: Ragged, rule: SelectionRule, *, scale: float, softcap: float | None, diagnostics: bool
+) -> FlexIndex:
+    if q.device.type == "cpu":
+        # lengths that disagree would be read out of bounds; on a GPU looking at them would wait for it
+        for rows in lens.rows():
+            _check_lengths(rows, keys)
+    found = triton_select.select(q, keys, lens, rule=rule, scale=scale, softcap=softcap, exact=diagnostics)
+    if not diagnostics:
+        return FlexIndex(found.plan, found.is_finite)
+    details: list[HeadDiagnostics | None] = []
+    for rows in lens.rows():
+        if rows.q_len == 0 or rule.keeps_everything(rows.q_len, rows.kv_len):
+            details.append(None)
+            continue
+        heads = found.diagnostics(rows)
+        details.append(replace(heads, probe_coverage=_coverage(heads.tile_mass, found.plan, rows)))
+    return FlexIndex(found.plan, found.is_finite, tuple(details))
 
 
 class _Draft:

@@ -10,7 +10,7 @@ HOST_NOTES = {
     "accelerate": "tested with cpu_offload; device maps over several GPUs untried",
     "autocast": "tested on CPU with bfloat16 and float16",
     "vision-language models": "the text decoder only, where its mask is plain causal; the vision tower is never touched",
-    "CUDA": "untried: the Triton kernels are tested in their interpreter and compiled ahead of time, but no GPU has run them yet (scripts/gpu_check.sh)",
+    "CUDA": "untried: the Triton kernels are interpreted and compiled in tests, but no GPU has run them yet (scripts/gpu_check.sh)",
     "quantised weights": "bitsandbytes and torchao untried; attention sees ordinary tensors there",
     "FSDP, tensor parallel": "untried",
     "continuous batching": "generate_batch refuses a patched model with an error that names accel: undo() first",

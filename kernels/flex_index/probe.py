@@ -42,9 +42,9 @@ def run_probe(q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float
     # (p, ℓ): one row of averaging weights per query block, so that column sums come out by query block
     weights = (block_of_row == torch.unique(block_of_row)[:, None]).float() / length
     scratch = _Scratch.empty(length, n, q.device)
-    column_mass, distance_mass = (torch.empty(n_heads, n, device=q.device) for _ in range(2))
-    tile_mass = torch.empty(n_heads, weights.shape[0], nk, device=q.device)
-    mean_keys = torch.empty(n_kv, nk, k.shape[2], device=q.device)
+    column_mass, distance_mass = (queries.new_empty(n_heads, n) for _ in range(2))
+    tile_mass = queries.new_empty(n_heads, weights.shape[0], nk)
+    mean_keys = queries.new_empty(n_kv, nk, k.shape[2])
     for i_kv in range(n_kv):
         keys = k[i_kv].float()
         mean_keys[i_kv] = grid_means(keys, 0, block_size)
@@ -82,7 +82,7 @@ class _Scratch:
 
     @classmethod
     def empty(cls, length: int, n: int, device: torch.device) -> _Scratch:
-        padded = torch.zeros(length, length + n, device=device)
+        padded = torch.zeros(length, length + n, dtype=torch.float32, device=device)
         diagonal = padded.as_strided((length, n), (length + n + 1, 1), 1)
         return cls(padded, padded[:, length:], diagonal, torch.ones(length, length, dtype=torch.bool, device=device).triu(1))
 

@@ -35,9 +35,10 @@ def probe_options(block_size: int, block_d: int, element_size: int) -> tuple[dic
     """Options of the two passes over the keys."""
     # a second key tile is on its way where an SM of 99 KB can hold it beside the queries
     n_stages = 2 if 3 * block_size * block_d * element_size <= 96 * 1024 else 1
-    stats, masses = (8, 16) if block_size == 128 else (4, 4)
+    # Triton 3.6 spills on sm_80 with wider columns, and fails to compile large blocks for Blackwell with fewer warps
+    stats, masses, columns = {128: (8, 16, 32), 64: (4, 8, 64)}.get(block_size, (4, 4, block_size))
     shared = {"num_stages": n_stages, "enable_fp_fusion": True}
-    return {"num_warps": stats, **shared}, {"COLS": min(block_size, 64), "num_warps": masses, **shared}
+    return {"num_warps": stats, **shared}, {"COLS": columns, "num_warps": masses, **shared}
 
 
 def line_warps(block_nk: int) -> int:
@@ -45,13 +46,28 @@ def line_warps(block_nk: int) -> int:
     return max(4, min(block_nk // 256, 16))
 
 
+def why_no_small_blocks(major: int) -> str | None:
+    """Why blocks below 128 tokens cannot be selected on GPUs of this compute capability, or None. Triton 3.6 fails to compile them for Blackwell."""
+    import triton
+
+    # without `packaging`: the checks on a GPU need torch and triton alone
+    is_old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+    return f"triton {triton.__version__} cannot compile blocks below 128 for this GPU, 3.9 can" if major >= 10 and is_old else None
+
+
 def obstacles(q: Tensor, keys: KeyView, lens: Ragged, rule: SelectionRule) -> list[str]:
     """Every reason why the kernels cannot select for these tensors; empty where they can."""
     found = []
     if q.device.type != "cuda" and not (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         found.append(f"q is on {q.device}: Triton needs a CUDA device")
-    if keys.device != q.device:
-        found.append(f"q is on {q.device}, the keys are on {keys.device}")
+    read = {"keys": keys.storage, "q_start": lens.q_start, "q_len": lens.q_len, "kv_len": lens.kv_len}
+    if isinstance(keys, (ContiguousKeys, PagedKeys)):
+        read["place of the keys"] = keys.start if isinstance(keys, ContiguousKeys) else keys.page_table
+    found += [f"q is on {q.device}, {name} on {t.device}" for name, t in read.items() if t.device != q.device]
+    if isinstance(keys, PagedKeys) and keys.page_table.stride(-1) != 1:
+        found.append(f"page_table must have last stride 1, got {keys.page_table.stride()}")
+    if q.device.type == "cuda" and rule.block_size < 128 and (reason := why_no_small_blocks(torch.cuda.get_device_capability(q.device)[0])):
+        found.append(reason)
     if rule.is_published:
         found.append("fidelity='published' is run by torch only")
     if rule.block_size not in _BLOCK_SIZES:
@@ -193,13 +209,13 @@ def _launch(
     batch, n_splits = lens.batch, found.row_max.shape[2]
     scale, cap, has_cap = scales
     k, place, page, key_strides = _key_layout(keys)
-    lengths = (lens.q_len, lens.kv_len)
+    q_start, *lengths = (t.contiguous() for t in (lens.q_start, lens.q_len, lens.kv_len))
     short = (rule.min_q, rule.min_kv)
     gamma = _two_floats(rule.gamma)
     group = heads // keys.n_kv_heads
     block_d, block_nk = max(16, triton.next_power_of_2(head_dim)), triton.next_power_of_2(nk)
     sizes = {"D": head_dim, "BLOCK": b, "BLOCK_D": block_d, "PAGE": page, "HAS_CAP": has_cap, "UPCAST": q.device.type == "cpu"}
-    probe = (q, k, place, lens.q_start, *lengths)
+    probe = (q, k, place, q_start, *lengths)
     strides = (*q.stride(), *key_strides)
     numbers = (scale, cap, *short, tiles_each, nk, group)
     for_stats, for_masses = probe_options(b, block_d, q.element_size())
@@ -225,7 +241,7 @@ def _launch(
         return
     by_row = rule.qa_scope == "row"
     kernels.pooled_map_fwd_kernel[(nq, heads, batch)](
-        q, lens.q_start, *lengths, found.mean_keys, _bytes(found.is_aware), _bytes(found.lines), _bytes(found.is_finite), found.map,
+        q, q_start, *lengths, found.mean_keys, _bytes(found.is_aware), _bytes(found.lines), _bytes(found.is_finite), found.map,
         _bytes(found.extra), *q.stride(), scale, cap, *gamma, nk, group,
         D=head_dim, BLOCK=b, BLOCK_D=block_d, BLOCK_J=MAP_KEYS, BLOCK_NK=block_nk, HAS_CAP=has_cap, BY_ROW=by_row,
         num_warps=MAP_WARPS,
@@ -253,7 +269,7 @@ def _key_layout(keys: KeyView) -> tuple[Tensor, Tensor, int, tuple[int, ...]]:
     if isinstance(keys, PagedKeys):
         return keys.k_pages, keys.page_table, keys.page_size, (*keys.k_pages.stride(), keys.page_table.stride(0))
     assert isinstance(keys, ContiguousKeys)
-    return keys.k, keys.start, 0, (0, *keys.k.stride(), 0)
+    return keys.k, keys.start.contiguous(), 0, (0, *keys.k.stride(), 0)
 
 
 def _scales(scale: float, softcap: float | None) -> tuple[float, float, bool]:

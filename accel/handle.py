@@ -119,8 +119,7 @@ class Handle:
         lines += self.notices
         lines += [trouble for check in self._checks if (trouble := check()) is not None]
         sparse = f"{total.sparse_calls} sparse" + (f" (density {self.stats.density:.2f})" if self.stats.density is not None else "")
-        if full := [i for i, layer in sorted(self.stats.layers.items()) if (layer.density or 0) > NEARLY_DENSE]:
-            lines.append(f"layers {_ranges(full)} read more than {NEARLY_DENSE:.0%} of the blocks: dense_layers={full} spares them the selection")
+        lines += _nearly_dense({i: layer.density for i, layer in sorted(self.stats.layers.items()) if layer.density is not None})
         dense = [f"{count} dense ({reason})" for reason, count in total.dense_calls.most_common()]
         lines.append("calls: " + ", ".join([sparse, *dense]))
         return "\n".join(lines)
@@ -142,6 +141,17 @@ def _by_reason(skipped: dict[int, str]) -> dict[str, list[int]]:
     for layer, reason in sorted(skipped.items()):
         grouped.setdefault(reason, []).append(layer)
     return grouped
+
+
+def _nearly_dense(densities: dict[int, float]) -> list[str]:
+    """What to do about layers that read nearly everything; densities: of the layers that ran sparse."""
+    full = [layer for layer, density in densities.items() if density > NEARLY_DENSE]
+    if not full:
+        return []
+    if len(full) == len(densities):
+        # leaving all of them dense would take the method off
+        return [f"every sparse layer read more than {NEARLY_DENSE:.0%} of the blocks: a higher min_seq_len leaves such prompts dense"]
+    return [f"layers {_ranges(full)} read more than {NEARLY_DENSE:.0%} of the blocks: dense_layers={full} spares them the selection"]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -34,8 +34,12 @@ class LayerStats:
             active, causal = tiles.tolist()
             self._add(1, active, causal)
             return
+        if self.unread is not None and self.unread.device != tiles.device:
+            # the model has moved
+            self.settle()
+            self.unread = None
         if self.unread is None:
-            self.unread = tiles.new_zeros(3)
+            self.unread = _three_zeros(tiles)
         self.unread[0] += 1
         self.unread[1:] += tiles
 
@@ -91,7 +95,13 @@ class Stats:
         return self.total.density
 
     def reset(self) -> None:
-        self._layers.clear()
+        """Starts over. Tensors on a device live on: a captured graph goes on counting in them, and would write into freed memory."""
+        for index, layer in list(self._layers.items()):
+            unread, layer.unread = layer.unread, None
+            if unread is None:
+                del self._layers[index]
+            else:
+                self._layers[index] = LayerStats(unread=unread.zero_())
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
@@ -104,3 +114,11 @@ class Stats:
             "attention_s": total.attention_s,
             "density_by_layer": {i: s.density for i, s in sorted(self.layers.items()) if s.density is not None},
         }
+
+
+def _three_zeros(tiles: Tensor) -> Tensor:
+    import torch
+
+    # a tensor born in inference mode could not be written outside it, where somebody reads and zeroes it
+    with torch.inference_mode(False):
+        return tiles.new_zeros(3)

@@ -90,5 +90,6 @@ def crossover_recipe(method: SparseAttention, times: Sequence[LengthTimes], *, w
     if tokens is None:
         note = f"accel tune crossover: never faster than the best dense attention up to {longest} tokens ({where}); kept dense"
     else:
-        note = f"accel tune crossover: faster than the best dense attention from {tokens} to {longest} tokens ({where})"
+        span = f"at {tokens} tokens, the longest measured" if tokens == longest else f"from {tokens} to {longest} tokens"
+        note = f"accel tune crossover: faster than the best dense attention {span} ({where})"
     return Recipe.of(replace(method, min_seq_len=NEVER_TOKENS if tokens is None else tokens), note=note)

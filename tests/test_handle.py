@@ -95,6 +95,15 @@ def test_report_names_layers_that_keep_reading_everything(handle: Handle) -> Non
     assert "layers 1, 3 read more than 90% of the blocks: dense_layers=[1, 3]" in handle.report()
 
 
+def test_report_does_not_advise_to_leave_every_layer_dense(handle: Handle) -> None:
+    for layer in (0, 1):
+        handle.stats.layer(layer).count_sparse(torch.tensor([95, 100]), is_deferred=False)
+    handle.stats.layer(2).dense_calls["dense layer"] += 1
+    report = handle.report()
+    assert "every sparse layer read more than 90% of the blocks: a higher min_seq_len" in report
+    assert "dense_layers=" not in report
+
+
 def test_counts_of_a_device_are_read_when_asked_for(handle: Handle) -> None:
     layer = handle.stats.layer(0)
     for active in (3, 4):
@@ -104,6 +113,36 @@ def test_counts_of_a_device_are_read_when_asked_for(handle: Handle) -> None:
     assert handle.stats.total.sparse_calls == 2
     layer.count_sparse(torch.tensor([1, 10]), is_deferred=True)
     assert (handle.stats.layers[0].sparse_calls, handle.stats.layers[0].active_tiles) == (3, 8)
+
+
+def test_a_reset_keeps_the_tensor_in_which_a_captured_graph_counts(handle: Handle) -> None:
+    layer = handle.stats.layer(0)
+    layer.count_sparse(torch.tensor([3, 10]), is_deferred=True)
+    unread = layer.unread
+    handle.stats.reset()
+    assert handle.stats.total.sparse_calls == 0
+    assert handle.stats.layer(0).unread is unread
+    # as a replay does
+    unread += torch.tensor([1, 4, 10])
+    assert handle.stats.density == 0.4
+    assert layer.sparse_calls == 0, "counters from before are left alone"
+
+
+def test_counts_follow_a_model_to_another_device(handle: Handle) -> None:
+    layer = handle.stats.layer(0)
+    layer.count_sparse(torch.tensor([3, 10]), is_deferred=True)
+    layer.count_sparse(torch.tensor([1, 10], device="meta"), is_deferred=True)
+    assert layer.unread.device.type == "meta"
+    assert (layer.sparse_calls, layer.active_tiles) == (1, 3)
+
+
+def test_counts_made_in_inference_mode_are_read_outside_it(handle: Handle) -> None:
+    layer = handle.stats.layer(0)
+    with torch.inference_mode():
+        layer.count_sparse(torch.tensor([3, 10]), is_deferred=True)
+    assert handle.stats.density == 0.3
+    layer.count_sparse(torch.tensor([5, 10]), is_deferred=True)
+    assert handle.stats.density == 0.4
 
 
 def test_a_reset_starts_new_counters(handle: Handle) -> None:

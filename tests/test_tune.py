@@ -200,7 +200,7 @@ def test_crossover_is_the_length_from_which_it_stays_faster_than_the_best_dense(
 def test_recipe_holds_the_crossover_and_says_so_where_sparse_never_pays() -> None:
     pays = crossover_recipe(FlexPrefill(gamma=0.9), [row(1024, 0.5, 0.5), row(2048, 2, 2)], where="model")
     assert pays.methods == (FlexPrefill(gamma=0.9, min_seq_len=2048),)
-    assert "from 2048 to 2048 tokens (model)" in pays.note
+    assert "at 2048 tokens, the longest measured (model)" in pays.note
     never = crossover_recipe(FlexPrefill(), [row(1024, 0.5, 0.5), row(2048, 2, 0.9)], where="model")
     assert never.methods == (FlexPrefill(min_seq_len=NEVER_TOKENS),)
     assert "never faster than the best dense attention up to 2048 tokens" in never.note

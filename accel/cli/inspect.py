@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
         "facts": facts(loaded, info),
         "layers": layers,
         "block_maps": [],
-        "notices": [],
+        "notices": [] if methods else ["no block maps: --method names a method whose maps are drawn"],
     }
     if methods:
         prompt = prompt_ids(loaded, n_tokens, args.prompt)

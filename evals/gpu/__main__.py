@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_checks(record, Profile(device), until=time.monotonic() + args.budget_s * (0.4 if args.bench else 1.0))
     if args.bench:
         with torch.no_grad():
-            lab = Lab(device, CudaTimer(device), record, Sizes(wants_flex=not args.no_flex), deadline)
             try:
+                lab = Lab(device, _timer(device), record, Sizes(wants_flex=not args.no_flex), deadline)
                 run_benches(lab, [b for b in benches(lab.sizes) if not args.only or any(word in b.name for word in args.only)])
             except DeviceLostError as error:
                 return _restart(args, record, deadline, str(error))
@@ -63,8 +63,8 @@ def run_checks(record: Record, profile: Profile, *, until: float, say: Callable[
         begin = time.monotonic()
         state, detail = run_check(check) if begin < until else ("skipped", "no time left")
         record.checks.append({"name": check.name, "state": state, "detail": detail, "took_s": round(time.monotonic() - begin, 2)})
+        record.save()
         say(f"{state}: {check.name}: {detail}")
-    record.save()
 
 
 def read_junit(path: Path) -> list[Row]:
@@ -80,6 +80,16 @@ def read_junit(path: Path) -> list[Row]:
         detail = "" if problem is None else problem.get("message", "")[:600]
         found.append({"name": case.get("name", "?"), "state": state, "detail": detail, "took_s": float(case.get("time", 0))})
     return found
+
+
+def _timer(device: torch.device) -> CudaTimer:
+    """The timer of a device that still answers after the checks."""
+    try:
+        timer = CudaTimer(device)
+        timer.settle()
+    except RuntimeError as error:
+        raise DeviceLostError("the checks", error) from error
+    return timer
 
 
 def _restart(args: argparse.Namespace, record: Record, deadline: float, why: str) -> int:

@@ -90,7 +90,7 @@ def weighted_values(probs: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """probs (Hkv, rows, keys) fp32 times v (Hkv, keys, Dv)."""
     if problem.route.value_dtype == torch.bfloat16:
         return torch.bmm(probs.bfloat16(), v)
-    total = torch.zeros(*probs.shape[:2], v.shape[2])
+    total = probs.new_zeros(*probs.shape[:2], v.shape[2])
     at = 0
     for part in in_fp32(v):
         total.baddbmm_(probs[..., at : at + part.shape[1]], part)

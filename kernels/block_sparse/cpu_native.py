@@ -3,6 +3,9 @@
 Batched products reach a third of what such a processor can do: their scores leave the caches, and torch has no product of bf16 matrices with
 an fp32 result, so that accurate scores are computed from fp32 copies. `cpu_native.cpp` keeps fp32 scores in registers and the first cache. It is
 compiled once per machine, in seconds, into the cache folder; without a compiler everything works as before, through matrix products.
+
+The kernel reads and writes raw memory, so that shapes and dtypes are checked here, and loading a library runs what is in it, so that it is
+loaded only from a folder that nobody else can write.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -75,9 +80,15 @@ def native_attention(
 
     q: (L, Hq, D) the last L of N tokens; k: (Hkv, N, D), v: (Hkv, N, Dv); all bf16 with last stride 1, except k and v, which are copied where
     it is not. mask: (Hq or 1, nq, nk) bool, the key blocks of each query block; None lists all. Beyond the outputs it holds at most
-    `PACK_BYTES` of packed keys and values, or one head's. Raises MemoryError where the machine has no memory left.
+    `PACK_BYTES` of packed keys and values, or one head's. Raises MemoryError where the machine has no memory left, ValueError where the tensors
+    do not fit each other.
     """
     library = _loaded()
+    _check_fit(q, k, v)
+    if mask is not None:
+        first, nk = (k.shape[1] - q.shape[0]) // block_size, -(-k.shape[1] // block_size)
+        if mask.dtype != torch.bool or mask.shape[0] not in (1, q.shape[1]) or mask.shape[1:] != (nk - first, nk):
+            raise ValueError(f"the mask must be bool, ({q.shape[1]} or 1, {nk - first}, {nk}), got {mask.dtype}, {tuple(mask.shape)}")
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     (n_kv, n, dim), value_dim, group = k.shape, v.shape[2], q.shape[1] // k.shape[0]
     threads = torch.get_num_threads()
@@ -109,10 +120,12 @@ def native_probe(
     A NaN or an infinite score spoils the sums of its head.
     """
     library = _loaded()
+    _check_fit(q, k, k)
     k = k if k.stride(-1) == 1 else k.contiguous()
     (n_kv, n, dim), group = k.shape, q.shape[1] // k.shape[0]
     size = library.accel_packed_keys(n, block_size, dim)
-    by_key, by_distance = torch.empty(q.shape[1], 2, n), torch.empty(q.shape[1], n)
+    # the dtype and the device are what the kernel writes, whatever a user has made the default of new tensors
+    by_key, by_distance = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((q.shape[1], 2, n), (q.shape[1], n)))
     for heads in _in_turn(n_kv, 2 * size):
         keys = _packed(library.accel_pack_keys, k, heads, block_size, size)
         own = slice(heads.start * group, heads.stop * group)
@@ -126,6 +139,14 @@ def native_probe(
     return by_key, by_distance
 
 
+def _check_fit(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError unless q (L, Hq, D), k (Hkv, N, D) and v (Hkv, N, Dv) are what the kernel takes for granted."""
+    fits = k.shape[:2] == v.shape[:2] and k.shape[2] == q.shape[2] and q.shape[1] % k.shape[0] == 0 and 0 < q.shape[0] <= k.shape[1]
+    if not fits or any(t.dtype != torch.bfloat16 or t.device.type != "cpu" for t in (q, k, v)) or q.stride(-1) != 1:
+        found = "; ".join(f"{name} {tuple(t.shape)} {t.dtype} on {t.device}" for name, t in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"the compiled kernel needs bf16 q (L, Hq, D), k (Hkv, N, D), v (Hkv, N, Dv) with 1 ≤ L ≤ N on the CPU, got {found}")
+
+
 def _in_turn(n_heads: int, head_bytes: int) -> Iterator[range]:
     """KV heads, as many at a time as `PACK_BYTES` hold."""
     at_once = max(1, PACK_BYTES // head_bytes)
@@ -135,7 +156,7 @@ def _in_turn(n_heads: int, head_bytes: int) -> Iterator[range]:
 def _packed(pack: Any, source: Tensor, heads: range, block_size: int, size: int) -> Tensor:
     """Keys or values of some heads as the kernel reads them; `size`: elements of one head."""
     part = source[heads.start : heads.stop]
-    packed = torch.empty(len(heads) * size, dtype=torch.bfloat16)
+    packed = torch.empty(len(heads) * size, dtype=torch.bfloat16, device="cpu")
     n, dim = part.shape[1:]
     _check(pack(part.data_ptr(), part.stride(0), part.stride(1), len(heads), n, block_size, dim, packed.data_ptr(), torch.get_num_threads()))
     return packed
@@ -159,41 +180,86 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:
     reason = why_no_build()
     if reason is None:
         try:
-            return _load(build()), None
-        except (OSError, subprocess.SubprocessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip()
-            reason = f"the compiler failed: {said.splitlines()[-1] if said else error}"
-            _log.warning("no compiled CPU kernel, matrix products are used instead: %s", reason)
+            return _open(), None
+        except subprocess.SubprocessError as error:
+            reason = f"the compiler failed: {_complaint(error)}"
+        except OSError as error:
+            reason = f"the compiled kernel cannot be kept or loaded: {error}"
+        _log.warning("no compiled CPU kernel, matrix products are used instead: %s", reason)
     return None, reason
+
+
+def _open() -> ctypes.CDLL:
+    """The library, compiled anew where the one in the cache does not load: it may be damaged, or made on a system with newer libraries."""
+    path, is_fresh = build()
+    try:
+        return _load(path)
+    except OSError:
+        if is_fresh:
+            raise
+    path.unlink()
+    return _load(build()[0])
+
+
+def _complaint(error: subprocess.SubprocessError) -> str:
+    """The line in which a compiler says what is wrong, or its last one: after the error it may draw carets."""
+    # bytes after a timeout, even where text was asked for
+    said = getattr(error, "stderr", None) or ""
+    lines = (said.decode(errors="replace") if isinstance(said, bytes) else said).strip().splitlines() or [str(error)]
+    return next((line for line in lines if "error" in line.lower()), lines[-1]).strip()
 
 
 def why_no_build() -> str | None:
     """Why this machine cannot build the kernel, before anything is tried."""
     if platform.machine() not in ("x86_64", "AMD64") or "avx512_bf16" not in _cpu_flags():
         return "this processor has no AVX512-BF16"
-    return None if compiler() else f"no C++ compiler found (looked for CXX, {', '.join(COMPILERS)})"
+    if compiler():
+        return None
+    asked = os.environ.get("CXX")
+    return f"no C++ compiler found (looked for {f'CXX={asked}' if asked else ', '.join(COMPILERS)})"
 
 
-def compiler() -> str | None:
-    """Path of the C++ compiler: `CXX`, or the first of the usual names."""
-    return next((path for name in (os.environ.get("CXX", ""), *COMPILERS) if name and (path := shutil.which(name))), None)
+def compiler() -> tuple[str, ...] | None:
+    """The C++ compiler and its arguments: `CXX`, such as "ccache g++", or the first of the usual names."""
+    try:
+        asked = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:
+        # a quotation mark that nothing closes
+        return None
+    for name, *arguments in [asked] if asked else [[name] for name in COMPILERS]:
+        if path := shutil.which(name):
+            return path, *arguments
+    return None
 
 
-def build() -> Path:
-    """The compiled library in the cache folder, built where it is not there yet. Processes that build at once do not disturb each other."""
+def build() -> tuple[Path, bool]:
+    """The compiled library in the cache folder, and whether it was built now. Processes that build at once do not disturb each other."""
     chosen = compiler()
     assert chosen is not None
-    # a cache folder may be shared between machines and compilers
-    facts = "\0".join([SOURCE.read_text(encoding="utf-8"), chosen, *FLAGS, *sorted(_cpu_flags())])
-    target = cache_folder() / "native" / f"attention-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    # a cache folder may be shared between machines and compilers; users have folders of their own in it
+    facts = "\0".join([SOURCE.read_text(encoding="utf-8"), *chosen, *FLAGS, *sorted(_cpu_flags())])
+    target = cache_folder() / f"native-{os.getuid()}" / f"attention-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.so"
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_ours(target.parent):
+        raise PermissionError(f"{target.parent} belongs to somebody else or others may write there; set ACCEL_CACHE to a folder of your own")
+    if target.exists() and _is_ours(target):
+        return target, False
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         fresh = Path(folder) / target.name
-        subprocess.run([chosen, *FLAGS, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+        # in English and in any encoding: what it says is searched and shown
+        subprocess.run(
+            [*chosen, *FLAGS, str(SOURCE), "-o", str(fresh)], check=True, capture_output=True, encoding="utf-8", errors="replace",
+            env={**os.environ, "LC_ALL": "C"}, timeout=COMPILE_SECONDS,
+        )  # fmt: skip
+        fresh.chmod(0o700)
         fresh.replace(target)
-    return target
+    return target, True
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether nobody but this user and root can have written it."""
+    found = path.stat()
+    return found.st_uid in (os.getuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _load(path: Path) -> ctypes.CDLL:

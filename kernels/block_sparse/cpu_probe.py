@@ -1,4 +1,4 @@
-"""Which library path this machine is fast in: a few timings at first use, remembered per process and on disk (kernels.md §2.5).
+"""Which library path this machine is fast in: a few timings in the first processes, remembered per process and on disk (kernels.md §2.5).
 
 Nothing is assumed from the CPU's name: beside fp32, bf16 products are four times as fast with AVX512-BF16 and take twelve times as long with
 AVX2. Delete `cpu_probe.json` in the cache folder to measure anew.
@@ -32,6 +32,9 @@ MIN_GAIN = 1.1
 # a bf16 product this many times slower than fp32 is not timed at full size, which would take seconds
 HOPELESS = 4.0
 
+# processes that measure before the shortest times stand: threads that wait for a core can make a product a thousand times as slow for a whole probe
+PROBES = 3
+
 Precision = Literal["accurate", "fast"]
 
 # query rows, head size and keys of one tile
@@ -52,6 +55,12 @@ class Timings:
     dense_fp32_ms: float    # the same over many query rows at once, where its larger tiles run
     dense_bf16_ms: float
     native_ms: float        # the compiled kernel on bf16: both products and the softmax; inf where it cannot run
+    probes: float = 1       # processes that measured so far; the times are the shortest of theirs
+
+    def and_then(self, other: Timings) -> Timings:
+        """The shortest times of both, for a busy machine can only add; errors do not depend on it, and the larger one counts."""
+        shortest = {f.name: min(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return Timings(**{**shortest, "routed_error": max(self.routed_error, other.routed_error), "probes": self.probes + other.probes})
 
 
 @dataclass(frozen=True)
@@ -119,15 +128,22 @@ def route_for(dtype: torch.dtype, precision: Precision, *, is_dense: bool = Fals
 
 @cache
 def machine_timings(n_threads: int) -> Timings:
-    """Timings of this machine: from the cache file where it holds them, measured and written there otherwise."""
+    """Timings of this machine: from the cache file where `PROBES` processes measured them, measured and written there otherwise."""
     kernels = "without" if cpu_native.why_unavailable() else "with"
-    key = f"{cpu_name()}/torch {torch.__version__}/{torch.backends.cpu.get_cpu_capability()}/{n_threads} threads/{kernels} compiled kernel"
+    cores = f"{n_threads} threads on {usable_cores()} cores"
+    key = f"{cpu_name()}/torch {torch.__version__}/{torch.backends.cpu.get_cpu_capability()}/{cores}/{kernels} compiled kernel"
     path = cache_folder() / "cpu_probe.json"
     known = read_timings(path)
-    if key not in known:
-        known[key] = measure()
+    before = known.get(key)
+    if before is None or before.probes < PROBES:
+        known[key] = measure() if before is None else before.and_then(measure())
         write_timings(path, known)
     return known[key]
+
+
+def usable_cores() -> int:
+    """Cores that a thread started here may run on; one where OMP_PROC_BIND ties the main thread, and with it the compiled kernel's, to a core."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def read_timings(path: Path) -> dict[str, Timings]:
@@ -175,11 +191,18 @@ def cpu_name() -> str:
 
 def measure() -> Timings:
     """Times the candidates on this machine: about 20 ms, more where bf16 is emulated."""
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return _measure()
+
+
+def _measure() -> Timings:
     n = max(4, 2 * torch.get_num_threads())
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(n, _ROWS, _DIM, generator=generator), torch.randn(n, _KEYS, _DIM, generator=generator)
+    # dtype and device are said: somebody may have changed the defaults
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+    generator = torch.Generator("cpu").manual_seed(0)
+    q, k = (torch.randn(n, rows, _DIM, generator=generator, **options) for rows in (_ROWS, _KEYS))
     kt = k.transpose(1, 2)
-    scores = torch.empty(n, _ROWS, _KEYS)
+    scores = torch.empty(n, _ROWS, _KEYS, **options)
     # torch's attention over a part that keeps every thread busy and ends within a scheduler slice; from 768 rows on it takes larger tiles
     n_some, n_rows, n_keys = max(1, n // 4), 768, 256
 

@@ -25,6 +25,7 @@ from accel.errors import UnsupportedError
 from accel.kernels.block_sparse.keys import ContiguousKeys, KeyView, PagedKeys
 from accel.kernels.block_sparse.plan import BlockPlan, ImplicitPlan, ListPlan, VerticalSlashPlan
 from accel.kernels.block_sparse.ragged import Ragged
+from accel.kernels.block_sparse.triton_launch import check_tensors
 
 # with more rows than this per sequence the prefill kernel wastes less
 MAX_ROWS = 16
@@ -51,7 +52,6 @@ class DecodeConfig:
     splits: int | None = None
     min_tokens: int = 128           # keys per split at least,
     min_blocks: int = 2             # and key blocks
-    upcast: bool = False            # tiles to fp32 before each product
 
     @classmethod
     def of_shape(cls, rows: int, head_dim: int, itemsize: int, block_size: int) -> DecodeConfig:
@@ -401,6 +401,7 @@ class Workspace:
 
     Sizes are rounded up to a power of two, and nothing is ever freed: a CUDA graph keeps reading where it was captured. Warm up on the stream
     of the capture: what a capture must allocate itself lives in its graph, and each such call clears its arrivals by a launch more.
+    Graphs of one stream share, too: they must not be replayed at the same time.
     Parts take about WAVES · multiprocessors · block_m · (Dv + 2) · 4 bytes, before rounding 3.3 MB for 16 rows of 128 on an H100, twice that
     for lists of several query rows; the lists of a `VerticalSlashPlan` B · heads · nk · 4 bytes per query block.
     """
@@ -488,7 +489,9 @@ def triton_decode(
         q.shape[0], lens.batch, n_groups, splits, min_tiles, *pattern,
         HQ=q.shape[1], G=group, PACK=pack, N_M=max(n_m, 1), N_T=max(n_t, 1), D=q.shape[2], DV=keys.value_dim, BLOCK=block, PAGE=memory.page_size,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=triton.next_power_of_2(max(q.shape[2], 16)), BLOCK_DV=d_v, GAP=GAP_ROWS,
-        IMPLICIT=isinstance(plan, ImplicitPlan), MULTI=several, SOFTCAP=softcap is not None, UPCAST=tile.upcast,
+        IMPLICIT=isinstance(plan, ImplicitPlan), MULTI=several, SOFTCAP=softcap is not None,
+        # the interpreter multiplies the bits of bf16 numbers
+        UPCAST=q.device.type == "cpu" and q.dtype == torch.bfloat16,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True, **options,
     )  # fmt: skip
 
@@ -501,6 +504,7 @@ def check_arguments(q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, lse
         raise UnsupportedError("the decode kernel cannot run", [f"head sizes up to 256, got q {q.shape[2]} and v {keys.value_dim}"])
     if lse is not None and lse.stride(1) != 1:
         raise ValueError(f"lse must be (heads, tokens) with last stride 1, got strides {lse.stride()}")
+    check_tensors(q, keys, plan, lens)
 
 
 def implicit_arguments(plan: ImplicitPlan, lens: Ragged) -> tuple[tuple[int, int, int, int, int, int], int]:

@@ -312,21 +312,30 @@ def _check(q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *, scale: fl
                 raise ValueError(f"{name} cannot be read as it is, and a cache is not copied: {reason}")
         if keys.page_table.stride(-1) != 1:
             raise ValueError(f"page_table must have last stride 1, got {keys.page_table.stride()}")
-    device = q.device
+    check_tensors(q, keys, plan, lens)
+    for name, t in _tensors_of(plan).items():
+        # counts (B, Hq, nq) int32 are read one by one
+        if t.shape[-1] > 1 and t.stride(-1) != 1 and (t.dim() == 4 or t.dtype == torch.bool):
+            raise ValueError(f"the plan's {name} must have last stride 1, got {t.stride()}")
+
+
+def check_tensors(q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged) -> None:
+    """Raises ValueError where a plan is of other heads or sequences, or a tensor on another device: a kernel would read past its end."""
     tensors = {"q_start": lens.q_start, "q_len": lens.q_len, "kv_len": lens.kv_len}
     if isinstance(keys, (ContiguousKeys, PagedKeys)):
         sides = (keys.k, keys.v) if isinstance(keys, ContiguousKeys) else (keys.k_pages, keys.v_pages)
         tensors |= {"k": sides[0], "v": sides[1], "place": keys.start if isinstance(keys, ContiguousKeys) else keys.page_table}
-    lists = {name: value for name, value in vars(plan).items() if isinstance(value, Tensor)}
+    lists = _tensors_of(plan)
     for name, t in lists.items():
         if t.shape[0] != lens.batch or t.shape[1] not in (1, q.shape[1]):
             raise ValueError(f"the plan describes {t.shape[1]} heads of {t.shape[0]} sequences, q has {q.shape[1]} of {lens.batch} ({name})")
-        # counts (B, Hq, nq) int32 are read one by one
-        if t.shape[-1] > 1 and t.stride(-1) != 1 and (t.dim() == 4 or t.dtype == torch.bool):
-            raise ValueError(f"the plan's {name} must have last stride 1, got {t.stride()}")
     for name, t in {**tensors, **lists}.items():
-        if t.device != device:
-            raise ValueError(f"{name} is on {t.device}, q is on {device}")
+        if t.device != q.device:
+            raise ValueError(f"{name} is on {t.device}, q is on {q.device}")
+
+
+def _tensors_of(plan: BlockPlan) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(plan).items() if isinstance(value, Tensor)}
 
 
 def _config_for(q: Tensor, keys: KeyView) -> PrefillConfig:

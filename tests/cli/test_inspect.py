@@ -62,6 +62,11 @@ def test_maps_of_a_prompt_are_drawn(model: str, tmp_path: Path, capsys: pytest.C
     assert "data:image/png;base64," in html
 
 
+def test_without_a_method_it_says_why_no_maps_are_drawn(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", model, "--out", str(tmp_path / "run")]) == 0
+    assert "no block maps: --method" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "words, message",
     [(("--method", "streaming", "--tokens", "4k"), "2048 positions"), (("--method", "streaming:window=2"), "has no option 'window'")],

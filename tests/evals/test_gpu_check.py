@@ -383,6 +383,17 @@ def test_a_lost_device_starts_a_fresh_process_that_goes_on(visit, tmp_path):
     assert "command" not in visit
 
 
+def test_benchmarks_run_in_a_fresh_process_after_a_check_that_broke_the_device(visit, tmp_path, monkeypatch):
+    def lost(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu_check, "CudaTimer", lost)
+    assert gpu_check.main(["--check", "--bench", "--folder", str(tmp_path)]) == 1
+    args = gpu_check._parser().parse_args(visit["command"][3:])
+    assert (args.bench, args.check) == (True, False)
+    assert [check["name"] for check in Record.resumed(args.resume, None).checks] == ["a"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
     assert gpu_check.main(["--check", "--bench", "--folder", str(tmp_path)]) == 2

@@ -274,11 +274,11 @@ def test_softcap_and_values_of_another_size(dtype: torch.dtype) -> None:
     call.check(call.random_lists(), splits=2, softcap=30.0)
 
 
-def test_bf16_with_upcast_tiles() -> None:
+def test_bf16_is_computed_in_fp32_by_the_interpreter() -> None:
     # products of bf16 are wrong in the interpreter, and its casts to bf16 truncate: hence fp32 tiles and the floor
     call = Call.random([1, 2], [65, 49], Hq=4, Hkv=2, dtype=torch.bfloat16)
     out = torch.full_like(call.q, torch.nan)
-    config = DecodeConfig(block_n=16, splits=2, upcast=True)
+    config = DecodeConfig(block_n=16, splits=2)
     triton_decode(call.q, call.keys, POWERS, call.lens, scale=call.scale, softcap=None, out=out, lse=None, config=config)
     double = call.converted(torch.float64)
     exact, _ = naive_attention(double.q, double.keys, POWERS, call.lens, scale=call.scale)
@@ -360,3 +360,13 @@ def test_refusals_name_the_argument() -> None:
     with pytest.raises(UnsupportedError) as refusal:
         Call.random([1], [20], D=257).run(POWERS)
     assert "up to 256" in refusal.value.reasons[0]
+
+
+def test_what_would_be_read_past_its_end_is_refused() -> None:
+    call = Call.random([1, 1], [40, 30], Hq=4, Hkv=2)
+    with pytest.raises(ValueError, match="the plan describes 3 heads of 2 sequences, q has 4 of 2"):
+        call.run(Call.random([1, 1], [40, 30], Hq=3).random_lists())
+    with pytest.raises(ValueError, match="the plan describes 4 heads of 1 sequences, q has 4 of 2"):
+        call.run(Call.random([1], [40], Hq=4).random_lists())
+    with pytest.raises(ValueError, match="kv_len is on meta, q is on cpu"):
+        replace(call, lens=replace(call.lens, kv_len=call.lens.kv_len.to("meta"))).run(POWERS)

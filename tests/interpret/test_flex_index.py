@@ -336,6 +336,8 @@ def test_what_the_kernels_cannot_do_raises_with_the_reason(monkeypatch):
         batch.index(_rule(fidelity="published", coverage="token"))
     with pytest.raises(UnsupportedError, match="block_size"):
         batch.index(_rule(block_size=256))
+    elsewhere = dataclasses.replace(batch.lens, kv_len=batch.lens.kv_len.to("meta"))
+    assert triton_select.obstacles(batch.q, batch.keys, elsewhere, _rule()) == ["q is on cpu, kv_len on meta"]
     monkeypatch.setattr(triton_select, "MAP_TILES", 10)
     with pytest.raises(UnsupportedError, match="maps of query-aware heads"):
         batch.index(_rule(tau=0.1))
@@ -343,6 +345,24 @@ def test_what_the_kernels_cannot_do_raises_with_the_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(UnsupportedError, match="CUDA"):
         batch.index(_rule(tau=0.0))
+
+
+def test_lengths_may_be_views_of_any_stride():
+    batch = Batch([(60, 60), (30, 50)], gap=3)
+    want = batch.index(_rule(tau=0.5)).plan
+    table = torch.stack([batch.lens.q_start, batch.lens.q_len, batch.lens.kv_len, batch.keys.start], 1)
+    batch.lens = dataclasses.replace(batch.lens, q_start=table[:, 0], q_len=table[:, 1], kv_len=table[:, 2])
+    batch.keys = dataclasses.replace(batch.keys, start=table[:, 3])
+    found = batch.index(_rule(tau=0.5)).plan
+    for rows in batch.lens.rows():
+        assert torch.equal(found.block_mask(rows), want.block_mask(rows))
+
+
+def test_a_page_table_of_another_stride_is_refused():
+    batch = Batch([(20, 20)])
+    pages = batch.k.new_zeros(4, 16, 1, 16)
+    keys = PagedKeys(pages, pages, torch.zeros(1, 4, dtype=torch.int32)[:, ::2], batch.lens.kv_len)
+    assert "page_table must have last stride 1" in triton_select.obstacles(batch.q, keys, batch.lens, _rule())[0]
 
 
 def test_auto_falls_back_on_cuda_counted_and_never_elsewhere(caplog):

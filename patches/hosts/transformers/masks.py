@@ -33,6 +33,7 @@ class LazyMask:
         self.is_plain_causal = arguments["mask_function"] is causal_mask_function and arguments["kv_offset"] == 0
         self._built = False
         self._mask: Any = None
+        self._is_unpadded: bool | None = None
 
     def contiguous(self) -> LazyMask:
         return self
@@ -45,12 +46,24 @@ class LazyMask:
         return self._mask
 
     def valid_keys(self, kv_length: int) -> Tensor | None:
-        """Keys that are no padding, (B, kv_length) bool, or None where there is no padding mask. Past its end nothing is valid."""
-        if self.padding is None:
+        """Keys that are no padding, (B, kv_length) bool, or None where there are no others. Past the padding mask's end nothing is valid."""
+        if self.padding is None or self._has_ones_only(self.padding):
             return None
         missing = kv_length - self.padding.shape[-1]
         padding = self.padding[:, :kv_length]
         return torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding
+
+    def _has_ones_only(self, padding: Tensor) -> bool:
+        """Whether no key up to the last query is padding. Read once for all layers, each of which would wait for the device otherwise."""
+        if not isinstance(self.q_offset, int) or padding.device.type == "meta" or torch.compiler.is_compiling():
+            return False
+        if self._is_unpadded is None:
+            # nothing can be read inside a CUDA graph
+            if padding.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False
+            n = self.q_offset + int(self.arguments["q_length"])
+            self._is_unpadded = padding.shape[-1] >= n and bool(padding[:, :n].all())
+        return self._is_unpadded
 
 
 def mask_function_for(original: str) -> Callable[..., Any]:

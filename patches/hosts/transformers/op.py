@@ -50,7 +50,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not state.method.trainable:
         raise UnsupportedError(
             f"{name} has no gradients: its choice of blocks is not differentiable. "
-            "Run the training step inside `with handle.paused():`, or use a method that trains, such as powerattention"
+            "Run the training step inside `with handle.paused():`, or use a method that trains: its class says `trainable`"
         )
     if torch.compiler.is_compiling():
         raise UnsupportedError(f"{name} cannot train inside a compiled step; leave torch.compile out of training")

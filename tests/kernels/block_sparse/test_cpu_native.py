@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,11 +196,63 @@ def test_infinite_scores_do_not_spread(case):
 @native
 def test_the_library_is_built_once(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
-    first = build()
+    first, is_fresh = build()
+    assert is_fresh
     made = first.stat().st_mtime_ns
-    assert build() == first
+    assert build() == (first, False)
     assert first.stat().st_mtime_ns == made
-    assert [path.name for path in (tmp_path / "native").iterdir()] == [first.name]
+    assert list(first.parent.iterdir()) == [first]
+    assert first.parent.parent == tmp_path
+    # writable for the group, as files are under umask 002: anybody there may have put it in place
+    first.chmod(0o770)
+    assert build() == (first, True)
+    assert first.stat().st_mode & 0o777 == 0o700
+
+
+@native
+def test_a_library_that_does_not_load_is_built_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
+    compiled = build()[0].read_bytes()
+    builds = []
+
+    def copy(command, **options):
+        builds.append(command)
+        Path(command[-1]).write_bytes(compiled)
+
+    monkeypatch.setattr(cpu_native.subprocess, "run", copy)
+    build()[0].write_bytes(b"no library")
+    assert cpu_native._open().accel_attend
+    assert len(builds) == 1
+
+
+@native
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda o: {"v": o["v"][:, :-1]}, lambda o: {"v": o["v"].float()}, lambda o: {"v": o["v"].repeat(2, 1, 1)},
+        lambda o: {"k": o["k"][:, :20], "v": o["v"][:, :20]}, lambda o: {"k": o["k"][..., :8]}, lambda o: {"q": o["q"].half()},
+        lambda o: {"q": o["q"].flip(-1).transpose(1, 2)}, lambda o: {"mask": o["mask"][..., :-1]}, lambda o: {"mask": o["mask"].int()},
+        lambda o: {"mask": o["mask"][:, :-1]}, lambda o: {"mask": o["mask"][:1].repeat(3, 1, 1)},
+    ],
+    ids=[
+        "fewer_values", "fp32_values", "more_value_heads", "fewer_keys_than_queries", "narrow_keys", "fp16_queries", "strided_queries",
+        "narrow_mask", "int_mask", "short_mask", "mask_of_other_heads",
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_raises_instead_of_reading_other_memory(change):
+    whole = {
+        "q": torch.ones(40, 2, 16, dtype=BF16), "k": torch.ones(1, 100, 16, dtype=BF16), "v": torch.ones(1, 100, 16, dtype=BF16),
+        "mask": torch.ones(2, 3, 4, dtype=torch.bool),
+    }  # fmt: skip
+
+    def run(q, k, v, mask):
+        out = torch.full((40, 2, 16), torch.nan, dtype=BF16)
+        native_attention(q, k, v, mask, block_size=BLOCK, scale=1.0, softcap=None, out=out, lse=None)
+        return out
+
+    assert (run(**whole) == 1).all()
+    with pytest.raises(ValueError, match=r"kernel needs|mask must"):
+        run(**{**whole, **change(whole)})
 
 
 @pytest.fixture
@@ -235,10 +290,74 @@ def test_a_failing_compiler_leaves_matrix_products_and_a_warning(fresh, monkeypa
     assert "matrix products are used instead" in caplog.text
     assert why_unavailable(), "asked once, told again"
     assert len(caplog.records) == 1
-    assert not list((fresh / "native").iterdir())
+    [folder] = fresh.iterdir()
+    assert not list(folder.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_a_reason_too(fresh, monkeypatch):
     monkeypatch.setattr(cpu_native.shutil, "which", lambda name: f"/bin/{name}")
-    (fresh / "native").write_text("a file where the folder should be")
-    assert why_unavailable().startswith("the compiler failed")
+    monkeypatch.setenv("ACCEL_CACHE", str(fresh / "file"))
+    (fresh / "file").write_text("a file where the folder should be")
+    assert why_unavailable().startswith("the compiled kernel cannot be kept or loaded: ")
+
+
+def test_a_folder_that_others_can_write_is_not_loaded_from(fresh, monkeypatch):
+    monkeypatch.setattr(cpu_native.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(cpu_native.subprocess, "run", lambda *_, **__: pytest.fail("compiled into a folder that is not ours"))
+    folder = fresh / f"native-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o775)
+    assert "others may write there; set ACCEL_CACHE" in why_unavailable()
+
+
+def test_a_folder_of_somebody_else_is_not_loaded_from(fresh, monkeypatch):
+    monkeypatch.setattr(cpu_native.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(cpu_native, "_is_ours", lambda path: False)
+    assert "belongs to somebody else" in why_unavailable()
+
+
+@pytest.mark.parametrize(
+    "uid, mode, is_ours", [(7, 0o700, True), (0, 0o755, True), (8, 0o700, False), (7, 0o720, False), (7, 0o702, False), (0, 0o777, False)]
+)
+def test_only_this_user_and_root_are_trusted(monkeypatch, uid, mode, is_ours):
+    monkeypatch.setattr(cpu_native.os, "getuid", lambda: 7)
+    monkeypatch.setattr(Path, "stat", lambda self: SimpleNamespace(st_uid=uid, st_mode=mode))
+    assert cpu_native._is_ours(Path("library.so")) is is_ours
+
+
+@pytest.mark.parametrize(
+    "said, told",
+    [
+        ("k.cpp:1: error: no such instruction\n   |  ^~~~\n", "k.cpp:1: error: no such instruction"),
+        ("one\nlast\n", "last"), (b"caf\xe9 error\n", "caf\ufffd error"), (None, "Command 'c++' returned non-zero exit status 1."),
+    ],
+    ids=["caret", "no_error_line", "bytes", "silence"],
+)  # fmt: skip
+def test_the_line_with_the_compilers_error_is_told(fresh, monkeypatch, said, told):
+    def fail(command, **options):
+        raise subprocess.CalledProcessError(1, "c++", stderr=said)
+
+    monkeypatch.setattr(cpu_native.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(cpu_native.subprocess, "run", fail)
+    assert why_unavailable() == f"the compiler failed: {told}"
+
+
+def test_a_compiler_may_say_anything_in_any_encoding(fresh, monkeypatch):
+    script = fresh / "compiler"
+    script.write_text("#!/bin/sh\nprintf 'error: \\377\\376' >&2\nexit 1\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("CXX", str(script))
+    assert why_unavailable() == "the compiler failed: error: \ufffd\ufffd"
+
+
+def test_cxx_may_hold_arguments_and_is_the_last_word(monkeypatch):
+    monkeypatch.setattr(cpu_native, "_cpu_flags", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(cpu_native.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu_native.shutil, "which", lambda name: None if name == "missing" else f"/bin/{name}")
+    monkeypatch.setenv("CXX", "ccache 'g++ 12' -m64")
+    assert cpu_native.compiler() == ("/bin/ccache", "g++ 12", "-m64")
+    monkeypatch.delenv("CXX")
+    assert cpu_native.compiler() == ("/bin/c++",)
+    for wrong in ("missing", "'never closed"):
+        monkeypatch.setenv("CXX", wrong)
+        assert why_no_build() == f"no C++ compiler found (looked for CXX={wrong})"

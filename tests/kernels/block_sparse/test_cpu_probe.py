@@ -97,15 +97,15 @@ def probe_file(tmp_path, monkeypatch):
     machine_timings.cache_clear()
 
 
-def test_a_probe_is_measured_once_per_machine_and_thread_count(probe_file, monkeypatch):
+def test_a_probe_is_measured_in_a_few_processes_per_machine_and_thread_count(probe_file, monkeypatch):
     calls = []
     monkeypatch.setattr(cpu_probe, "measure", lambda: calls.append(1) or AVX2)
-    assert machine_timings(2) == machine_timings(2) == AVX2
-    machine_timings.cache_clear()
-    assert machine_timings(2) == AVX2
-    assert len(calls) == 1
+    for process in (1, 2, 3, 3, 3):
+        assert machine_timings(2) == machine_timings(2) == replace(AVX2, probes=process)
+        assert len(calls) == process
+        machine_timings.cache_clear()
     machine_timings(1)
-    assert len(calls) == 2
+    assert len(calls) == 4
     assert len(read_timings(probe_file)) == 2
     assert all(torch.__version__ in key and "threads" in key for key in read_timings(probe_file))
 
@@ -137,6 +137,45 @@ def test_the_measurement_itself_is_plausible():
     assert all(value > 0 for value in asdict(found).values())
     # fp32 products of this size are exact to 1e-6; with 2e-2 the routed one would be bf16
     assert found.routed_error < 2e-2
+
+
+def test_a_probe_in_a_busy_moment_is_mended_by_the_next_process(probe_file, monkeypatch):
+    busy = replace(COMPILED, fp32_ms=15.0, bf16_ms=1022.0, native_ms=6.1)
+    quiet = replace(COMPILED, softmax_ms=9.0, routed_error=7e-7)
+    moments = iter([busy, quiet])
+    monkeypatch.setattr(cpu_probe, "measure", lambda: next(moments))
+    machine_timings(2)
+    machine_timings.cache_clear()
+    assert machine_timings(2) == replace(COMPILED, routed_error=7e-7, probes=2)
+
+
+def test_a_main_thread_tied_to_a_core_is_measured_apart(probe_file, monkeypatch):
+    # OMP_PROC_BIND ties it, and the compiled kernel's threads with it; products run on OpenMP's own threads
+    monkeypatch.setattr(cpu_probe, "measure", lambda: COMPILED)
+    machine_timings(2)
+    machine_timings.cache_clear()
+    monkeypatch.setattr(cpu_probe, "usable_cores", lambda: 1000)
+    machine_timings(2)
+    assert len(read_timings(probe_file)) == 2
+
+
+def test_defaults_of_torch_do_not_change_what_is_measured(monkeypatch):
+    seen = []
+
+    def once(runs):
+        seen.extend(result.dtype for run in runs.values() if isinstance(result := run(), torch.Tensor))
+        return dict.fromkeys(runs, 1.0)
+
+    monkeypatch.setattr(cpu_probe, "_best_ms", once)
+    monkeypatch.setattr(cpu_probe.cpu_native, "why_unavailable", lambda: "not today")
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+            cpu_probe.measure()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    # two products, the softmax, torch's attention twice in each precision, a bf16 product
+    assert seen == [FP32, FP32, FP32, FP32, FP32, BF16, BF16, BF16]
 
 
 @pytest.mark.parametrize("before", ["highest", "high", "medium"])

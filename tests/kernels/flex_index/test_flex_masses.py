@@ -154,3 +154,18 @@ def test_probe_rows_are_counted_by_their_own_query_block():
     assert tiles.shape == (2, 3)
     assert tiles.sum(-1).tolist() == pytest.approx([0.5, 0.5])
     assert tiles[0, 2].item() == 0.0
+
+
+def test_the_default_dtype_of_torch_changes_nothing(case):
+    # buffers of the default dtype raised in the product, or kept sums in bf16
+    one = case.random(100, 300)
+    options = {"block_size": 32, "scale": one.scale, "softcap": None}
+    want = run_probe(one.q, one.k.transpose(0, 1), one.rows, **options)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        got = run_probe(one.q, one.k.transpose(0, 1), one.rows, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got.column_mass, want.column_mass)
+    assert torch.equal(got.distance_mass, want.distance_mass)
+    assert torch.equal(got.mean_keys, want.mean_keys)

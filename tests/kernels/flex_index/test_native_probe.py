@@ -76,3 +76,21 @@ def test_the_selection_takes_it_and_chooses_what_the_definition_chooses(monkeypa
     assert torch.equal(found.vertical, want.vertical)
     assert torch.equal(found.slash, want.slash)
     assert 0 < found.vertical.float().mean() < 0.9
+
+
+@pytest.fixture
+def default_dtype():
+    yield torch.set_default_dtype
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+def test_the_default_dtype_of_torch_changes_nothing(default_dtype, dtype):
+    # the kernel wrote fp32 into buffers of the default dtype: with bf16 past their end
+    q, k, rows = inputs(100, 300)
+    want = run_native_probe(q, k, rows, block_size=32, scale=0.2, softcap=None)
+    default_dtype(dtype)
+    got = run_native_probe(q, k, rows, block_size=32, scale=0.2, softcap=None)
+    assert got.column_mass.dtype == torch.float32
+    assert torch.equal(got.column_mass, want.column_mass)
+    assert torch.equal(got.distance_mass, want.distance_mass)

@@ -10,6 +10,7 @@ from support import tiny_llama
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
 
 import accel
+from accel.patches.hosts.transformers import attend
 from accel.patches.hosts.transformers.attend import runs_of
 from accel.patches.hosts.transformers.masks import LazyMask, mask_function_for
 
@@ -87,6 +88,28 @@ def test_padding_is_extended_with_missing_keys() -> None:
     mask = lazy(attention_mask=torch.tensor([[False, True, True]]))
     assert mask.valid_keys(5).tolist() == [[False, True, True, False, False]]
     assert lazy().valid_keys(5) is None
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_is_looked_at_once_and_not_by_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    # each look would wait for a GPU
+    monkeypatch.setattr(attend, "runs_of", lambda valid: pytest.fail("a layer looked at the padding"))
+    model, ids = tiny_llama(), padded_batch()["input_ids"]
+    with accel.apply(model, "streaming", window_blocks=1, block_size=16, min_seq_len=0) as handle:
+        ones = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert torch.equal(ones, model(input_ids=ids).logits)
+        assert handle.stats.total.sparse_calls == 6
+
+
+@pytest.mark.parametrize(
+    ("row", "has_padding"), [([1] * 6, False), ([1] * 6 + [0], False), ([0] + [1] * 5, True), ([1] * 5 + [0], True), ([1] * 5, True)],
+    ids=["ones", "zeros behind", "left", "right", "short"],
+)  # fmt: skip
+def test_only_ones_up_to_the_last_query_are_no_padding(row: list[int], has_padding: bool) -> None:
+    valid = lazy(attention_mask=torch.tensor([row], dtype=torch.bool)).valid_keys(6)
+    assert (valid is not None) == has_padding
+    # a counter in a tensor might be on a GPU
+    assert lazy(attention_mask=torch.tensor([row], dtype=torch.bool), q_offset=torch.tensor(2)).valid_keys(6) is not None
 
 
 @pytest.mark.parametrize(

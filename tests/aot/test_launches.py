@@ -1,0 +1,89 @@
+"""Every launch of the host code, through Triton's own argument binding for sm_90: wrong names, types and options show before there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from accel.evals.gpu.cases import random_plan
+from accel.evals.gpu.checks import Profile, decode, prefill
+from accel.kernels.block_sparse.triton_launch import choose_config
+from accel.kernels.flex_index import SelectionRule, triton_select
+
+# CPU tensors stand in for those of a GPU: fp16, for which no kernel is told of the interpreter but by the selection's host code
+PROFILE = Profile(torch.device("cpu"), dtype=torch.float16)
+CONFIG = choose_config(128, torch.float16, shared_bytes=232_448, major=9)
+
+
+class Hopper:
+    """What a launch asks of the driver before it compiles."""
+
+    def get_current_device(self) -> int:
+        # kernels are remembered by device, and there may be a real one
+        return 1000
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that were bound and compiled; none is run."""
+    names: list[str] = []
+
+    def launch(kernel, grid):
+        def run(*args, **options):
+            names.append(kernel.__name__)
+            if "UPCAST" in options:
+                options["UPCAST"] = False
+            return kernel.run(*args, grid=grid, warmup=True, **options)
+
+        return run
+
+    monkeypatch.setattr(driver, "_active", Hopper())
+    monkeypatch.setattr(JITFunction, "__getitem__", launch)
+    return names
+
+
+@pytest.mark.parametrize(
+    "kind, page_size, kernels",
+    [
+        ("power", 16, ["clear_gaps_kernel", "block_sparse_fwd_kernel"]),
+        ("lists", 0, ["clear_gaps_kernel", "block_sparse_fwd_kernel"]),
+        ("lines+tiles", 0, ["clear_gaps_kernel", "vertical_slash_lists_kernel", "block_sparse_fwd_kernel"]),
+    ],
+)
+def test_prefill(launched, kind, page_size, kernels):
+    call = PROFILE.ragged(page_size=page_size)
+    out, lse = call.buffers()
+    prefill(call, random_plan(kind, call, PROFILE.block), out, lse, CONFIG)
+    assert launched == kernels
+
+
+@pytest.mark.parametrize(
+    "kind, page_size, wants_lse, kernels",
+    [
+        ("power", 16, False, ["block_sparse_decode_kernel"]),
+        ("lists", 0, True, ["block_sparse_decode_kernel"]),
+        ("lines+tiles", 0, True, ["decode_lists_kernel", "block_sparse_decode_kernel"]),
+    ],
+)
+def test_decode(launched, kind, page_size, wants_lse, kernels):
+    call = PROFILE.decoding(4, page_size=page_size)
+    out, lse = call.buffers()
+    decode(call, random_plan(kind, call, PROFILE.block), out, lse if wants_lse else None)
+    assert launched == kernels
+
+
+@pytest.mark.parametrize(("page_size", "qa_scope", "n_launches"), [(0, "global", 6), (16, "row", 5)])
+def test_selection(launched, page_size, qa_scope, n_launches):
+    call = PROFILE.ragged(page_size=page_size)
+    rule = SelectionRule(block_size=PROFILE.block, min_budget=2 * PROFILE.block, tau=0.1, qa_scope=qa_scope)
+    triton_select.select(call.q, call.keys, call.lens, rule=rule, scale=call.scale, softcap=None)
+    assert len(set(launched)) == len(launched) == n_launches

@@ -74,14 +74,15 @@ def takes(dtype: torch.dtype, head_dim: int) -> bool:
 
 
 def native_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, block_size: int, scale: float, softcap: float | None, out: Tensor, lse: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, block_size: int, scale: float, softcap: float | None, out: Tensor, lse: Tensor | None,
+    threads: int | None = None,
 ) -> None:
     """Writes causal attention of one sequence into `out` (L, Hq, Dv) and, where given, `lse` (Hq, L) fp32.
 
     q: (L, Hq, D) the last L of N tokens; k: (Hkv, N, D), v: (Hkv, N, Dv); all bf16 with last stride 1, except k and v, which are copied where
-    it is not. mask: (Hq or 1, nq, nk) bool, the key blocks of each query block; None lists all. Beyond the outputs it holds at most
-    `PACK_BYTES` of packed keys and values, or one head's. Raises MemoryError where the machine has no memory left, ValueError where the tensors
-    do not fit each other.
+    it is not. mask: (Hq or 1, nq, nk) bool, the key blocks of each query block; None lists all. threads: by default as many as torch uses.
+    Beyond the outputs it holds at most `PACK_BYTES` of packed keys and values, or one head's. Raises MemoryError where the machine has no
+    memory left, ValueError where the tensors do not fit each other.
     """
     library = _loaded()
     _check_fit(q, k, v)
@@ -91,12 +92,12 @@ def native_attention(
             raise ValueError(f"the mask must be bool, ({q.shape[1]} or 1, {nk - first}, {nk}), got {mask.dtype}, {tuple(mask.shape)}")
     k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (k, v))
     (n_kv, n, dim), value_dim, group = k.shape, v.shape[2], q.shape[1] // k.shape[0]
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     sizes = library.accel_packed_keys(n, block_size, dim), library.accel_packed_values(n, block_size, value_dim)
     mask = mask if mask is None else mask.contiguous()
     for heads in _in_turn(n_kv, 2 * sum(sizes)):
-        keys = _packed(library.accel_pack_keys, k, heads, block_size, sizes[0])
-        values = _packed(library.accel_pack_values, v, heads, block_size, sizes[1])
+        keys = _packed(library.accel_pack_keys, k, heads, block_size, sizes[0], threads)
+        values = _packed(library.accel_pack_values, v, heads, block_size, sizes[1], threads)
         own = slice(heads.start * group, heads.stop * group)
         queries, results = q[:, own], out[:, own]
         masks = mask if mask is None or mask.shape[0] == 1 else mask[own]
@@ -127,7 +128,7 @@ def native_probe(
     # the dtype and the device are what the kernel writes, whatever a user has made the default of new tensors
     by_key, by_distance = (torch.empty(shape, dtype=torch.float32, device="cpu") for shape in ((q.shape[1], 2, n), (q.shape[1], n)))
     for heads in _in_turn(n_kv, 2 * size):
-        keys = _packed(library.accel_pack_keys, k, heads, block_size, size)
+        keys = _packed(library.accel_pack_keys, k, heads, block_size, size, torch.get_num_threads())
         own = slice(heads.start * group, heads.stop * group)
         queries = q[:, own]
         job = _Probe(
@@ -153,12 +154,12 @@ def _in_turn(n_heads: int, head_bytes: int) -> Iterator[range]:
     return (range(first, min(first + at_once, n_heads)) for first in range(0, n_heads, at_once))
 
 
-def _packed(pack: Any, source: Tensor, heads: range, block_size: int, size: int) -> Tensor:
+def _packed(pack: Any, source: Tensor, heads: range, block_size: int, size: int, threads: int) -> Tensor:
     """Keys or values of some heads as the kernel reads them; `size`: elements of one head."""
     part = source[heads.start : heads.stop]
     packed = torch.empty(len(heads) * size, dtype=torch.bfloat16, device="cpu")
     n, dim = part.shape[1:]
-    _check(pack(part.data_ptr(), part.stride(0), part.stride(1), len(heads), n, block_size, dim, packed.data_ptr(), torch.get_num_threads()))
+    _check(pack(part.data_ptr(), part.stride(0), part.stride(1), len(heads), n, block_size, dim, packed.data_ptr(), threads))
     return packed
 
 

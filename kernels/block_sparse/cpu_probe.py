@@ -236,14 +236,19 @@ def _attend(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _native_ms(q: Tensor, k: Tensor) -> float:
-    # several tiles a head on the same keys, as in a prefill: starting threads and packing keys must not count as if every tile did it
+    # several tiles on the same keys, as in a prefill: packing them must not count as if every tile did it
     tiles = 4
-    rows = q.repeat(1, tiles, 1).transpose(0, 1)
-    out = torch.empty_like(rows)
-    run = partial(cpu_native.native_attention, rows, k, k, None, block_size=_ROWS, scale=1.0, softcap=None, out=out, lse=None)
+    rows = q[:1].repeat(1, tiles, 1).transpose(0, 1)
+    run = partial(
+        cpu_native.native_attention, rows, k, k, None, block_size=_ROWS, scale=1.0, softcap=None, out=torch.empty_like(rows), lse=None, threads=1
+    )
+    # on one thread: in calls as short as these a loaded machine would not start a second one in time, in a prefill it does. Tiles share
+    # nothing, so that threads divide the time, as far as there are cores for them
+    n_threads = min(torch.get_num_threads(), usable_cores())
     # the last tile reads all blocks of keys, the ones before it one less each
     n_blocks = _KEYS // _ROWS
-    return _best_ms({"native": run})["native"] * n_blocks / sum(range(n_blocks - tiles + 1, n_blocks + 1))
+    share = n_blocks / sum(range(n_blocks - tiles + 1, n_blocks + 1))
+    return _best_ms({"native": run})["native"] * share * q.shape[0] / n_threads
 
 
 def _bf16_ms(q: Tensor, kt: Tensor, fp32_ms: float) -> float:

@@ -1,4 +1,4 @@
-"""accel: sparse attention, visual-token pruning and KV compression for Hugging Face models and vLLM, in one reversible call.
+"""accel: sparse attention for Hugging Face models, in one reversible call.
 
 `import accel` loads neither torch nor transformers; names are looked up when they are first used.
 """

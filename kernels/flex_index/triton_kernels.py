@@ -163,6 +163,7 @@ def probe_masses_fwd_kernel(
 ):
     # keys are taken COLS = BLOCK or BLOCK / 2 at a time: a skewed tile of 128 x 128 does not fit the registers
     SPAN: tl.constexpr = BLOCK // COLS
+    tl.static_assert((SPAN == 1) | (SPAN == 2))
     i_h, i_s, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
     Hq, S = tl.num_programs(0), tl.num_programs(1)
     n_q, n_kv, is_whole = sequence_lengths(q_len_ptr, kv_len_ptr, i_b, min_q, min_kv)

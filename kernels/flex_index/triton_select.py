@@ -35,10 +35,10 @@ def probe_options(block_size: int, block_d: int, element_size: int) -> tuple[dic
     """Options of the two passes over the keys."""
     # a second key tile is on its way where an SM of 99 KB can hold it beside the queries
     n_stages = 2 if 3 * block_size * block_d * element_size <= 96 * 1024 else 1
-    # Triton 3.6 spills on sm_80 with wider columns, and fails to compile large blocks for Blackwell with fewer warps
-    stats, masses, columns = {128: (8, 16, 32), 64: (4, 8, 64)}.get(block_size, (4, 4, block_size))
+    # Triton 3.6 spills in the loop with fewer warps on sm_80, and does not compile large blocks with fewer for Blackwell
+    stats, masses = {128: (8, 16), 64: (4, 8)}.get(block_size, (4, 4))
     shared = {"num_stages": n_stages, "enable_fp_fusion": True}
-    return {"num_warps": stats, **shared}, {"COLS": columns, "num_warps": masses, **shared}
+    return {"num_warps": stats, **shared}, {"COLS": min(block_size, 64), "num_warps": masses, **shared}
 
 
 def line_warps(block_nk: int) -> int:
@@ -66,8 +66,6 @@ def obstacles(q: Tensor, keys: KeyView, lens: Ragged, rule: SelectionRule) -> li
     found += [f"q is on {q.device}, {name} on {t.device}" for name, t in read.items() if t.device != q.device]
     if isinstance(keys, PagedKeys) and keys.page_table.stride(-1) != 1:
         found.append(f"page_table must have last stride 1, got {keys.page_table.stride()}")
-    if q.device.type == "cuda" and rule.block_size < 128 and (reason := why_no_small_blocks(torch.cuda.get_device_capability(q.device)[0])):
-        found.append(reason)
     if rule.is_published:
         found.append("fidelity='published' is run by torch only")
     if rule.block_size not in _BLOCK_SIZES:
@@ -87,6 +85,10 @@ def obstacles(q: Tensor, keys: KeyView, lens: Ragged, rule: SelectionRule) -> li
             import triton  # noqa: F401
         except ImportError:
             found.append("triton is not installed")
+    # asked last: there may be no CUDA to ask
+    if not found and q.device.type == "cuda" and rule.block_size < 128:
+        reason = why_no_small_blocks(torch.cuda.get_device_capability(q.device)[0])
+        found += [] if reason is None else [reason]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import triton
 from aot.aot_support import SHARED_BYTES, Code, compile_kernel
 
 from accel.kernels.flex_index import triton_kernels as kernels
@@ -32,8 +33,8 @@ def _probe(part: str, *, sm: int, D: int, block: int, page: int = 0, has_cap: bo
 
 
 def _assert_clean(code: Code) -> None:
-    # Triton 3.6 keeps three values from before the loops in memory: sm_80, fp16, pages and a soft-cap together
-    assert code.spills <= 3, code
+    # Triton 3.6 keeps up to twelve values from before the loops in memory on sm_80; 3.9 none
+    assert code.spills <= (12 if code.sm == 80 and triton.__version__.startswith("3.6.") else 0), code
     assert code.loop_spills == 0, code
     assert code.shared <= SHARED_BYTES[code.sm], code
 

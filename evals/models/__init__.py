@@ -37,13 +37,13 @@ class LoadedModel:
 
 
 def embedded_names() -> list[str]:
-    """Names of the models that ship with accel: the sub-folders here that hold a `load.py`."""
-    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/load.py"))
+    """Names of the models that ship with accel: the sub-folders here that hold a `load.py`, with "-" for "_"."""
+    return sorted(path.parent.name.replace("_", "-") for path in Path(__file__).parent.glob("*/load.py"))
 
 
 def embedded_recipe(name: str) -> Path | None:
     """The recipe of an embedded model, without loading the model; None where there is none."""
-    path = Path(__file__).parent / name / "recipe.yaml"
+    path = Path(__file__).parent / name.replace("-", "_") / "recipe.yaml"
     return path if name in embedded_names() and path.exists() else None
 
 
@@ -55,7 +55,7 @@ def load_model(name_or_path: str, *, dtype: str | torch.dtype = "float32", devic
     """
     wanted = torch_dtype(dtype)
     if name_or_path in embedded_names():
-        found: LoadedModel = importlib.import_module(f"accel.evals.models.{name_or_path}.load").load(wanted, device)
+        found: LoadedModel = importlib.import_module(f"accel.evals.models.{name_or_path.replace('-', '_')}.load").load(wanted, device)
         return found
     return _load_pretrained(name_or_path, wanted, device)
 

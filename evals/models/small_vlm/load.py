@@ -1,0 +1,43 @@
+"""Loads the small vision-language model that lies beside this file, with its processor."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel.errors import AccelError
+from accel.evals.models import LoadedModel, prepared
+
+if TYPE_CHECKING:
+    import torch
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "weights"
+
+
+@dataclass(frozen=True)
+class LoadedVisionModel(LoadedModel):
+    """A model that reads pictures too. processor(images=…, text=…) gives what its forward takes."""
+
+    processor: Any = None
+
+
+def load(dtype: torch.dtype, device: str) -> LoadedVisionModel:
+    """The trained `LlavaForConditionalGeneration` in `dtype` on `device`, its tokenizer and its processor; nothing is fetched."""
+    from transformers import LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(WEIGHTS, dtype=dtype, local_files_only=True)
+    processor = load_processor()
+    card = (HERE / "card.md").read_text(encoding="utf-8")
+    return LoadedVisionModel(prepared(model, dtype, device), processor.tokenizer, "small-vlm", card=card, processor=processor)
+
+
+def load_processor() -> Any:
+    """The `LlavaProcessor` of the model, from its saved files. Raises AccelError where Pillow is missing."""
+    if importlib.util.find_spec("PIL") is None:
+        raise AccelError("the small vision-language model takes pictures through Pillow, which is missing. Install it with:\n    pip install pillow")
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(WEIGHTS, local_files_only=True)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from accel.protocols import Method
-from accel.stats import Stats
+from accel.stats import PruningEvent, Stats
 
 _MISSING = object()
 # a layer of a higher density than this gains nothing from being sparse
@@ -34,6 +34,7 @@ class Handle:
         self._checks: list[Callable[[], str | None]] = []
         self._pauses = 0
         self._observers: list[Callable[..., None]] = []
+        self._pruning_observers: list[Callable[[PruningEvent], None]] = []
 
     # --- for hosts ------------------------------------------------------------------------------------------------------------
 
@@ -66,6 +67,13 @@ class Handle:
         """Tells the observers of one sparse call."""
         for observer in self._observers:
             observer(**event)
+
+    def notify_pruning(self, event: Callable[[], PruningEvent]) -> None:
+        """Tells the observers of one pruning stage; `event` is built only where somebody listens."""
+        if self._pruning_observers:
+            built = event()
+            for observer in self._pruning_observers:
+                observer(built)
 
     # --- for users ------------------------------------------------------------------------------------------------------------
 
@@ -108,21 +116,48 @@ class Handle:
         finally:
             self._observers.remove(observer)
 
+    @contextmanager
+    def observe_pruning(self, observer: Callable[[PruningEvent], None]) -> Iterator[None]:
+        """Calls `observer(event)` after each stage at which visual tokens were asked to leave."""
+        self._pruning_observers.append(observer)
+        try:
+            yield
+        finally:
+            self._pruning_observers.remove(observer)
+
     def report(self) -> str:
         """What was patched, what was skipped and why, what ran, in a few lines."""
-        total = self.stats.total
         names = ", ".join(_describe(m) for m in self.methods)
-        n_layers = len(self.patched_layers) + len(self.skipped_layers)
         state = "patched" if self.is_active else "patched (undone)"
-        lines = [f"{names} on {self.host}: {len(self.patched_layers)} of {n_layers} layers {state}"]
+        n_layers = len(self.patched_layers) + len(self.skipped_layers)
+        # pruning methods leave the layers themselves as they are
+        where = f"{len(self.patched_layers)} of {n_layers} layers {state}" if n_layers else state
+        lines = [f"{names} on {self.host}: {where}"]
         lines += [f"skipped {_ranges(layers)}: {reason}" for reason, layers in _by_reason(self.skipped_layers).items()]
         lines += self.notices
         lines += [trouble for check in self._checks if (trouble := check()) is not None]
+        lines += self._token_lines()
+        return "\n".join([*lines, *self._call_lines()] if n_layers or self.stats.layers else lines)
+
+    def _call_lines(self) -> list[str]:
+        """Attention calls: how many sparse, how many dense and why."""
+        total = self.stats.total
         sparse = f"{total.sparse_calls} sparse" + (f" (density {self.stats.density:.2f})" if self.stats.density is not None else "")
-        lines += _nearly_dense({i: layer.density for i, layer in sorted(self.stats.layers.items()) if layer.density is not None})
         dense = [f"{count} dense ({reason})" for reason, count in total.dense_calls.most_common()]
-        lines.append("calls: " + ", ".join([sparse, *dense]))
-        return "\n".join(lines)
+        full = _nearly_dense({i: layer.density for i, layer in sorted(self.stats.layers.items()) if layer.density is not None})
+        return [*full, "calls: " + ", ".join([sparse, *dense])]
+
+    def _token_lines(self) -> list[str]:
+        """Visual tokens: how many of how many were kept."""
+        if not any(m.kind == "token_pruning" for m in self.methods):
+            return []
+        tokens = self.stats.tokens
+        skipped = [f"{count} left whole ({reason})" for reason, count in tokens.skipped.items() if count]
+        if tokens.kept_share is None:
+            return ["visual tokens: " + ", ".join(["no prompt with a picture yet", *skipped])]
+        kept = f"{tokens.kept_patches} of {tokens.patches} left in {tokens.prompts} prompts ({tokens.kept_share:.1%} as a mean over the layers)"
+        structural = [f"{tokens.kept_structural} of {tokens.structural} structural ones"] if tokens.structural else []
+        return ["visual tokens: " + ", ".join([kept, *structural, *skipped])]
 
     def __enter__(self) -> Self:
         return self

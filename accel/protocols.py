@@ -31,6 +31,8 @@ class ModelInfo:
     dtype: str                              # "float32", "bfloat16", …
     max_positions: int | None = None
     has_vision: bool = False
+    has_cls: bool = False                   # the vision encoder has a [CLS] token at the layer that scores
+    has_multimodal_rope: bool = False       # positions have several axes, so they cannot be made compact
     hidden_size: int | None = None
     scale_shapes: tuple[tuple[int, int], ...] | None = None     # height and width of every scale; next-scale models only
     fingerprint: Callable[[], str] | None = None    # identifies the weights; for calibration files made for one model
@@ -222,19 +224,25 @@ Boundary = Literal["encoder", "projector", "layer"]
 
 @dataclass(frozen=True)
 class Stage:
-    """A place at which a pruning method is asked: behind the encoder, behind the projector, or before decoder layer `layer`."""
+    """A place at which a pruning method is asked: behind the encoder, behind the projector, or before decoder layer `layer`.
+
+    needs_learned_choice: the count is known only at run time, so hosts that fix counts refuse.
+    is_known_ahead: `select` reads what was observed in the encoder and earlier scores, no hidden states: hosts may ask before the language model
+    runs, and then hand over features of width 0. Stages in front of the language model always are.
+    """
 
     boundary: Boundary
     layer: int | None = None
-    needs_learned_choice: bool = False      # the count is known only at run time: hosts that fix counts refuse
+    needs_learned_choice: bool = False
+    is_known_ahead: bool = False
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One image, tile, frame or video of one sequence: its tokens and their grid.
+    """One image, tile or frame of one sequence: its tokens and their grid.
 
     n_tokens: patch tokens, height · width · frames. n_structural: tokens of the same span that carry no patch (row-end newlines, the CLS
-    row of a frame); they are counted apart and never ranked.
+    row of a frame); they are counted apart and never ranked. picture: number of the image or video in its sequence that the unit is part of.
     """
 
     sequence: int
@@ -244,24 +252,30 @@ class Unit:
     frames: int = 1
     modality: Literal["image", "video"] = "image"
     n_structural: int = 0
+    picture: int = 0
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What a host records while the encoder runs, handed over in `PruningContext.observed` under `what`.
+    """What a host records while the model runs, handed over in `PruningContext.observed` under `what`.
 
-    Shapes, with U units and P the most patches of one (zeros behind shorter ones), fp32 and averaged over heads:
-    cls_row, mean_received: (U, P), the attention of the CLS query, or the mean over the patches of the unit.
-    mean_selected_rows: (U, P), the mean over the rows that `TokenPruning.select_rows` picks.
-    raw_pixels: (U, P, pixels) uint8, grey, as before normalisation. Maps are pooled to tokens the way the features are.
-    layer: the encoder layer that scores; None for the one whose output is the feature. head_reduce: how heads are joined.
+    From the vision encoder, with U units and n the most patch tokens of one (zeros behind shorter ones), (U, n) fp32; maps of patches are
+    pooled to tokens as the features are:
+    cls_row, mean_received: the attention of the [CLS] query, or the mean over the patches of a segment (tile, image or frame).
+    mean_selected_rows: the mean over the rows that `TokenPruning.select_rows` picks.
+    pixel_map: what `TokenPruning.map_pixels` makes of the patches' pixels.
+    From the language model: last_row, (B, tokens) fp32, the attention of the newest token in decoder layer `layer`; for stages behind it.
+    layer: the layer that scores; None for the encoder layer whose output is the feature. head_reduce: how heads are joined.
     max_queries: upper bound of the rows that a mean is taken over; evenly spread.
+    pixel_mean, pixel_std: of the processor's normalisation, one number or one per colour; None for that of the family's released processors.
     """
 
-    what: Literal["cls_row", "mean_received", "mean_selected_rows", "raw_pixels"]
+    what: Literal["cls_row", "mean_received", "mean_selected_rows", "pixel_map", "last_row"]
     layer: int | None = None
     head_reduce: Literal["mean", "max"] = "mean"
     max_queries: int | None = None
+    pixel_mean: float | tuple[float, ...] | None = None
+    pixel_std: float | tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -298,11 +312,12 @@ class Keep:
 class PruningContext:
     """What a pruning stage sees, once per prompt; decoding steps are never asked. B sequences, padding is in none of the three masks.
 
-    features: the visual features behind encoder and projector, the hidden states before a decoder layer.
+    features: the hidden states before a decoder layer; in front of the language model the visual features of each sequence, without its text.
     unit: the `units` entry of each token. place: (map, row, column); maps are numbered per sequence, so that an overview tile and the
-    mosaic of local tiles of one image are two maps. Both −1 for text and padding.
-    state: one dict per batch of sequences, from the encoder to the last layer; tensors in it have the sequences first, and are repeated and
-    reordered with the cache.
+    mosaic of local tiles of one image are two maps, and frames are maps of their own. Both −1 for text and padding; −1 in column for
+    structural tokens that end no row.
+    observed: of the units, in the order of their patch tokens in the prompt, whatever earlier stages dropped.
+    state: one dict per batch of sequences, from the encoder to the last layer of one prompt; tensors in it have the sequences first.
     """
 
     stage: Stage
@@ -321,31 +336,45 @@ class PruningContext:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPruning(Method):
-    """Drops visual tokens behind the encoder or inside the language model."""
+    """Drops visual tokens behind the encoder or inside the language model.
+
+    position_mode: "keep" leaves each surviving token the position it has in the whole prompt; "compact" numbers the survivors of the stages in
+    front of the language model without gaps, as the published FasterVLM and VisPruner code does (visual-token-pruning.md §1.4).
+    """
 
     kind: ClassVar[str] = "token_pruning"
 
+    position_mode: Literal["keep", "compact"] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.position_mode not in ("keep", "compact"):
+            raise OptionError(f"{self.method_name()}: position_mode must be one of keep, compact, got {self.position_mode!r}")
+
     @abstractmethod
     def stages(self, model: ModelInfo) -> list[Stage]:
-        """The boundaries at which `keep` is asked, in order."""
+        """The boundaries at which `select` is asked, in order; empty where the options keep everything, and hosts then change nothing."""
 
     def count(self, stage: Stage, units: Sequence[Unit]) -> list[int] | None:
         """Tokens of each unit left after `stage`, structural ones included, from shapes alone: for hosts that fix counts before anything runs.
 
-        `units` are those of the prompt, whatever earlier stages dropped. None: only `keep` knows.
+        `units` are those of the prompt, whatever earlier stages dropped. None: only `select` knows.
         """
         return None
 
     def observe(self) -> Sequence[Observation]:
-        """What the host must record for `keep`."""
+        """What the host must record for `select`."""
         return ()
 
     def select_rows(self, mean_received: Tensor) -> Tensor:
-        """The rows whose mean becomes `mean_selected_rows`: (U, P) fp32 -> (U, P) bool, at least one row per unit."""
+        """The rows whose mean becomes `mean_selected_rows`: (segments, P) fp32 -> (segments, P) bool, at least one row per segment."""
         raise NotImplementedError(f"{self.method_name()} observes mean_selected_rows without saying which rows")
 
+    def map_pixels(self, pixels: Tensor) -> Tensor:
+        """`pixel_map` of one segment: (P, pixels of a patch) uint8, grey as before normalisation -> (P,) fp32."""
+        raise NotImplementedError(f"{self.method_name()} observes pixel_map without saying what it makes of the pixels")
+
     @abstractmethod
-    def keep(self, ctx: PruningContext) -> Keep | None:
+    def select(self, ctx: PruningContext) -> Keep | None:
         """The tokens that stay at this stage; None keeps all."""
 
 

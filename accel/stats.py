@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+    from accel.protocols import Stage, Unit
 
 
 @dataclass
@@ -65,11 +69,58 @@ class LayerStats:
         self.attention_s += other.attention_s
 
 
+@dataclass(frozen=True)
+class PruningEvent:
+    """What one stage of one prompt left of the visual tokens, told to `Handle.observe_pruning`. Tensors are on the CPU.
+
+    B sequences, V the most visual tokens of one, in the order of the prompt; `units` and `place` as in `PruningContext`, −1 behind shorter rows.
+    is_kept: (B, V) bool, what can still be seen after this stage and all earlier ones. anchor: (B, V) int64, the token into which this stage
+    merged each token, −1 where it did not. scores: (B, V) fp32, what the stage ranked by, or None.
+    """
+
+    method: str
+    stage: Stage
+    units: Sequence[Unit]
+    unit: Tensor
+    place: Tensor
+    is_structural: Tensor
+    is_kept: Tensor
+    anchor: Tensor
+    scores: Tensor | None = None
+
+
+@dataclass
+class TokenStats:
+    """Counters of visual tokens. prompts: sequences with visual tokens that were pruned; patches, structural: visual tokens they brought.
+
+    kept_patches, kept_structural: what was left behind the last stage. layer_tokens: patch tokens summed over the decoder layers that saw them;
+    of all_layer_tokens without pruning. skipped: sequences left whole, by reason.
+    """
+
+    prompts: int = 0
+    patches: int = 0
+    structural: int = 0
+    kept_patches: int = 0
+    kept_structural: int = 0
+    layer_tokens: int = 0
+    all_layer_tokens: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def kept_share(self) -> float | None:
+        """Share of the patch tokens kept, as a mean over the decoder layers; None before the first prompt with a picture."""
+        return self.layer_tokens / self.all_layer_tokens if self.all_layer_tokens else None
+
+
 class Stats:
-    """All layers of a patched model. Read `total`, `density`, or `layers[i]`; `reset()` starts over. Reading waits for a GPU, counting does not."""
+    """All layers of a patched model. Read `total`, `density`, `tokens` or `layers[i]`; `reset()` starts over.
+
+    Reading waits for a GPU, counting does not.
+    """
 
     def __init__(self) -> None:
         self._layers: dict[int, LayerStats] = {}
+        self.tokens = TokenStats()
 
     def layer(self, index: int) -> LayerStats:
         """The counters of a layer, to write to."""
@@ -96,6 +147,7 @@ class Stats:
 
     def reset(self) -> None:
         """Starts over. Tensors on a device live on: a captured graph goes on counting in them, and would write into freed memory."""
+        self.tokens = TokenStats()
         for index, layer in list(self._layers.items()):
             unread, layer.unread = layer.unread, None
             if unread is None:
@@ -112,6 +164,9 @@ class Stats:
             "density": self.density,
             "selection_s": total.selection_s,
             "attention_s": total.attention_s,
+            "visual_tokens": self.tokens.patches,
+            "kept_tokens": self.tokens.kept_patches,
+            "kept_share": self.tokens.kept_share,
             "density_by_layer": {i: s.density for i, s in sorted(self.layers.items()) if s.density is not None},
         }
 

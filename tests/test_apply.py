@@ -16,7 +16,17 @@ from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 import accel
 from accel.kernels.block_sparse import BlockPlan, ImplicitPlan, KeyView
 from accel.patches.hosts.transformers.layers import LAYERS
-from accel.protocols import AttentionContext, Keep, ModelInfo, PruningContext, RunDense, SparseAttention, Stage, TokenPruning
+from accel.protocols import (
+    AttentionContext,
+    CompressionContext,
+    HeadGroup,
+    KVCompression,
+    ModelInfo,
+    Retain,
+    RunDense,
+    SparseAttention,
+    When,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +49,16 @@ class Unbindable(Window):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pruner(TokenPruning):
-    def stages(self, model: ModelInfo) -> list[Stage]:
+class Evictor(KVCompression):
+    @property
+    def when(self) -> tuple[When, ...]:
+        return ()
+
+    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int) -> list[HeadGroup]:
         return []
 
-    def keep(self, ctx: PruningContext) -> Keep | None:
-        return None
+    def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
+        raise AssertionError("never asked")
 
 
 @pytest.fixture
@@ -134,7 +148,7 @@ def test_wrong_methods_and_options_explain_themselves(model: nn.Module, argument
 
 @pytest.mark.parametrize(
     ("methods", "reason"),
-    [((Window(), Window(window_blocks=2)), "at most one sparse-attention"), ((Pruner(),), "does not run token pruning")],
+    [((Window(), Window(window_blocks=2)), "at most one sparse-attention"), ((Evictor(),), "does not run kv compression")],
     ids=["two sparse methods", "kind this host does not run"],
 )
 def test_impossible_combinations_are_refused_with_reasons(model: nn.Module, methods: tuple, reason: str) -> None:

@@ -132,11 +132,11 @@ def attention_rows() -> torch.Tensor:
 
 @pytest.mark.parametrize("newline", ["all", "nonempty", "none"])
 def test_fastervlm_keeps_the_promised_tokens_and_the_newlines_of_their_rows(skeletons: ModuleType, newline: str) -> None:
-    method = skeletons.FasterVLM(keep_share=0.25, newline=newline)
+    method = skeletons.FasterVLM(keep=0.25, newline=newline)
     [stage] = method.stages(INFO)
     rows = attention_rows()
     ctx = picture(stage, {"cls_row": rows})
-    keep = method.keep(ctx)
+    keep = method.select(ctx)
     promised = method.count(stage, UNITS)
     assert (promised is None) == (newline == "nonempty")
     for b, height in enumerate([4, 2]):
@@ -154,12 +154,12 @@ def test_fastervlm_keeps_the_promised_tokens_and_the_newlines_of_their_rows(skel
 
 def test_vflowopt_carries_merges_and_scores_from_stage_to_stage(skeletons: ModuleType) -> None:
     method = skeletons.VFlowOpt(shares=(0.5, 0.75, 0.5), alpha=0.1).bind(INFO)
-    assert [o.what for o in method.observe()] == ["mean_received", "mean_selected_rows", "raw_pixels"]
+    assert [o.what for o in method.observe()] == ["mean_received", "mean_selected_rows", "pixel_map"]
     assert method.select_rows(attention_rows()).sum(-1).tolist() == [1, 1]
     stages = method.stages(INFO)
-    pixels = torch.randint(0, 256, (2, 16, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    ctx = picture(stages[0], {"mean_selected_rows": attention_rows(), "raw_pixels": pixels})
-    keep = method.keep(ctx)
+    pixels = torch.randint(0, 256, (16, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    ctx = picture(stages[0], {"mean_selected_rows": attention_rows(), "pixel_map": method.map_pixels(pixels).expand(2, -1)})
+    keep = method.select(ctx)
     assert keep.ok.sum(1).tolist() == method.count(stages[0], UNITS) == [12, 6]
     assert keep.merge is not None
     for b in range(2):
@@ -178,7 +178,7 @@ def test_vflowopt_carries_merges_and_scores_from_stage_to_stage(skeletons: Modul
     scores = torch.zeros(2, TOKENS).scatter(1, keep.index, keep.scores.masked_fill(~keep.ok, 0))
     masks = {name: getattr(ctx, name) & survivors for name in ("is_visual", "is_structural", "is_text")}
     later = replace(ctx, stage=stages[1], observed={}, scores=scores, **masks)
-    assert method.keep(later).ok.sum(1).tolist() == method.count(stages[1], UNITS) == [10, 5]
+    assert method.select(later).ok.sum(1).tolist() == method.count(stages[1], UNITS) == [10, 5]
     assert method.count(stages[2], UNITS) == [7, 4]
 
 
@@ -193,12 +193,12 @@ def test_dyvte_hides_early_exits_until_every_row_with_an_image_has_fired(skeleto
     assert unbound.stages(INFO) == []
     # both logits of the dummy router are equal, so the threshold alone decides
     ctx = picture(stages[0], {})
-    assert skeletons.DyVTE(threshold=0.5).bind(INFO).keep(ctx) is None
+    assert skeletons.DyVTE(threshold=0.5).bind(INFO).select(ctx) is None
     early = replace(ctx, state={"fired": torch.tensor([True, False])})
-    keep = method.keep(early)
+    keep = method.select(early)
     assert torch.equal(keep.hidden, (ctx.is_visual | ctx.is_structural) & torch.tensor([[True], [False]]))
     assert keep.ok.sum(1).tolist() == [20, 10]
-    gone = skeletons.DyVTE(threshold=0.4).bind(INFO).keep(ctx)
+    gone = skeletons.DyVTE(threshold=0.4).bind(INFO).select(ctx)
     assert gone.index.shape == (2, 0)
     assert gone.hidden is None
 
@@ -245,7 +245,7 @@ def test_hack_keeps_its_budgets_and_merges_at_the_last_scale(skeletons: ModuleTy
 
 @pytest.mark.parametrize("score", ["mass", "last_queries"])
 def test_heavy_hitters_keep_sinks_window_and_protected_entries_and_never_padding(skeletons: ModuleType, score: str) -> None:
-    method = skeletons.HeavyHitters(keep_count=20, window=6, score=score)
+    method = skeletons.HeavyHitters(keep=20, window=6, score=score)
     assert [w.moment for w in method.when] == ["after_prefill", "every_n_steps"]
     assert method.needs().attention_mass == (score == "mass")
     [group] = method.groups(INFO, 11, step=0, n_entries=60)

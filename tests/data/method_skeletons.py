@@ -62,7 +62,7 @@ def largest(scores: Tensor, n: int) -> Tensor:
 class FasterVLM(TokenPruning):
     """Ranks the patches of each unit by the attention of the CLS query, behind the projector."""
 
-    keep_share: float = 0.25
+    keep: float = 0.25
     score: Literal["cls_row", "mean_received"] = "cls_row"
     newline: Literal["all", "nonempty", "none"] = "nonempty"
     scoring_layer: int | None = None
@@ -77,14 +77,14 @@ class FasterVLM(TokenPruning):
         # how many rows keep a patch is known only when the patches are
         if self.newline == "nonempty" and any(unit.n_structural for unit in units):
             return None
-        return [budget(unit.n_tokens, self.keep_share) + (unit.n_structural if self.newline == "all" else 0) for unit in units]
+        return [budget(unit.n_tokens, self.keep) + (unit.n_structural if self.newline == "all" else 0) for unit in units]
 
-    def keep(self, ctx: PruningContext) -> Keep | None:
+    def select(self, ctx: PruningContext) -> Keep | None:
         observed = ctx.observed[self.score]
         kept = torch.zeros_like(ctx.is_visual)
         for u, unit in enumerate(ctx.units):
             tokens = (ctx.is_visual[unit.sequence] & (ctx.unit[unit.sequence] == u)).nonzero().flatten()
-            kept[unit.sequence, tokens[largest(observed[u, : len(tokens)], budget(unit.n_tokens, self.keep_share))]] = True
+            kept[unit.sequence, tokens[largest(observed[u, : len(tokens)], budget(unit.n_tokens, self.keep))]] = True
         return Keep(*padded([row.nonzero().flatten() for row in kept | self._newlines(ctx, kept)]))
 
     def _newlines(self, ctx: PruningContext, kept: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class VFlowOpt(TokenPruning):
 
     def stages(self, model: ModelInfo) -> list[Stage]:
         third = model.n_layers // 3
-        return [Stage("projector"), Stage("layer", third), Stage("layer", 2 * third)]
+        return [Stage("projector"), *(Stage("layer", n * third, is_known_ahead=True) for n in (1, 2))]
 
     def count(self, stage: Stage, units: Sequence[Unit]) -> list[int] | None:
         left = [unit.n_tokens for unit in units]
@@ -125,7 +125,7 @@ class VFlowOpt(TokenPruning):
         return 0 if stage.layer is None else 1 + (stage.layer == 2 * (self._n_layers // 3))
 
     def observe(self) -> Sequence[Observation]:
-        pixels = (Observation("raw_pixels"),) if self.alpha else ()
+        pixels = (Observation("pixel_map"),) if self.alpha else ()
         return (Observation("mean_received"), Observation("mean_selected_rows"), *pixels)
 
     def select_rows(self, mean_received: Tensor) -> Tensor:
@@ -133,7 +133,10 @@ class VFlowOpt(TokenPruning):
         best = torch.nn.functional.one_hot(mean_received.argmax(-1), mean_received.shape[-1]).bool()
         return torch.where(hubs.any(-1, keepdim=True), hubs, best)
 
-    def keep(self, ctx: PruningContext) -> Keep | None:
+    def map_pixels(self, pixels: Tensor) -> Tensor:
+        return pixels.float().var(-1).softmax(-1)
+
+    def select(self, ctx: PruningContext) -> Keep | None:
         number = self._number(ctx.stage)
         importance = self._importance(ctx) if number == 0 else ctx.scores
         assert importance is not None  # the first stage gave it, and hosts hand it on
@@ -156,7 +159,7 @@ class VFlowOpt(TokenPruning):
         """(B, tokens) fp32 of patch tokens."""
         observed = ctx.observed["mean_selected_rows"]
         if self.alpha:
-            observed = observed + self.alpha * ctx.observed["raw_pixels"].float().var(-1).softmax(-1)
+            observed = observed + self.alpha * ctx.observed["pixel_map"]
         importance = torch.zeros(ctx.is_visual.shape)
         for u, unit in enumerate(ctx.units):
             own = ctx.is_visual[unit.sequence] & (ctx.unit[unit.sequence] == u)
@@ -208,7 +211,7 @@ class DyVTE(TokenPruning):
         # a router reads the output of its layer, which is the input of the next
         return [Stage("layer", layer + 1, needs_learned_choice=True) for layer in self._weights]
 
-    def keep(self, ctx: PruningContext) -> Keep | None:
+    def select(self, ctx: PruningContext) -> Keep | None:
         assert ctx.stage.layer is not None
         w1, w2 = self._weights[ctx.stage.layer - 1]
         logits = torch.nn.functional.gelu(self._summary(ctx) @ w1.T) @ w2.T
@@ -240,7 +243,7 @@ class DyVTE(TokenPruning):
 class HACK(KVCompression):
     """Contextual heads keep few entries, structural heads the newest scale and more; compressed before attention at every scale."""
 
-    keep_share: float = 0.3
+    keep: float = 0.3
     n_observed: int = 32
     renorm_keys: bool = False
     _is_contextual: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool), init=False, repr=False, compare=False)
@@ -266,7 +269,7 @@ class HACK(KVCompression):
         for is_contextual, label, share in ((True, "contextual", 1 / 3), (False, "structural", 5 / 3)):
             heads = tuple((types == is_contextual).nonzero().flatten().tolist())
             if heads:
-                found.append(HeadGroup(heads, int(whole * self.keep_share * share), label))
+                found.append(HeadGroup(heads, int(whole * self.keep * share), label))
         return found
 
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
@@ -309,14 +312,14 @@ class HACK(KVCompression):
 class HeavyHitters(KVCompression):
     """H2O and SnapKV in one: sinks, a recent window and the entries with the most attention, after prefill and while decoding."""
 
-    keep_count: int = 64
+    keep: int = 64
     every: int = 16
     window: int = 8
     score: Literal["mass", "last_queries"] = "last_queries"
 
     def __post_init__(self) -> None:
-        if self.window >= self.keep_count:
-            raise OptionError(f"heavyhitters: window must be smaller than keep_count, got {self.window} and {self.keep_count}")
+        if self.window >= self.keep:
+            raise OptionError(f"heavyhitters: window must be smaller than keep, got {self.window} and {self.keep}")
 
     @property
     def when(self) -> tuple[When, ...]:
@@ -328,7 +331,7 @@ class HeavyHitters(KVCompression):
     def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int) -> list[HeadGroup]:
         # deeper layers get less, as in pyramid budgets
         share = 1.5 - layer / max(model.n_layers - 1, 1)
-        return [HeadGroup(tuple(range(model.n_kv_heads)), max(self.window + 1, int(self.keep_count * share)))]
+        return [HeadGroup(tuple(range(model.n_kv_heads)), max(self.window + 1, int(self.keep * share)))]
 
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
         mass = ctx.attention_mass if self.score == "mass" else self._mass_of_last_queries(ctx)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel.errors import PatchError, UnsupportedError
 from accel.handle import Handle
-from accel.protocols import Method, ModelInfo, SparseAttention
+from accel.protocols import Method, ModelInfo, SparseAttention, TokenPruning
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,7 @@ def matches(model: Any) -> bool:
 
 def refusals(method: Method) -> list[str]:
     """Why this host cannot run a method at all."""
-    if isinstance(method, SparseAttention):
+    if isinstance(method, SparseAttention | TokenPruning):
         return []
     return [f"the transformers host does not run {method.kind.replace('_', ' ')} methods yet"]
 
@@ -57,13 +57,18 @@ def describe(model: Any) -> ModelInfo:
         dtype=str(base.dtype).removeprefix("torch."),
         max_positions=_max_positions(text),
         has_vision=hasattr(base.config, "vision_config"),
+        has_cls=_has_cls(base),
+        has_multimodal_rope="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
         hidden_size=getattr(text, "hidden_size", None),
         fingerprint=lambda: fingerprint(base),
     )
 
 
 def attach(model: Any, methods: Sequence[Method], info: ModelInfo, handle: Handle) -> None:
-    """Puts the sparse-attention method into every attention layer of the text decoder. All changes go through `handle`."""
+    """Puts a sparse-attention method into every attention layer of the text decoder, and has pruning methods drop visual tokens.
+
+    All changes go through `handle`.
+    """
     from accel.patches.hosts.transformers.layers import attention_modules
 
     base = _unwrapped(model)
@@ -73,6 +78,11 @@ def attach(model: Any, methods: Sequence[Method], info: ModelInfo, handle: Handl
     for method in methods:
         if isinstance(method, SparseAttention):
             _patch_attention(base, modules, method, info, handle)
+    pruning = [method for method in methods if isinstance(method, TokenPruning)]
+    if pruning:
+        from accel.patches.hosts.transformers.pruning.attach import prune_tokens
+
+        prune_tokens(base, decoder, modules, pruning, replace(info, fingerprint=None), handle)
 
 
 def _patch_attention(base: nn.Module, modules: list[nn.Module], method: SparseAttention, info: ModelInfo, handle: Handle) -> None:
@@ -156,6 +166,16 @@ def _decoder(base: Any) -> Any:
     """The text decoder; the model itself where transformers names none."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     return base if decoder is None else decoder
+
+
+def _has_cls(base: Any) -> bool:
+    """Whether the vision encoder has a [CLS] token; False for text models and families without an adapter."""
+    if not hasattr(base.config, "vision_config"):
+        return False
+    from accel.patches.hosts.transformers.pruning.vision import families
+
+    family = families().get(base.config.model_type)
+    return family is not None and any(tower.prefix for tower in family.towers(base.base_model).values())
 
 
 def _max_positions(text_config: Any) -> int | None:

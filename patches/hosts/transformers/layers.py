@@ -92,14 +92,14 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
         and hasattr(getattr(m, "config", None), "_attn_implementation")
         and "Attention" in type(m).__name__
         and "Cross" not in type(m).__name__
-        and _uses_interface(m)
+        and uses_interface(m)
     ]
     # decoders with cross-attention hold two modules per layer, of which only the causal one is self-attention
     causal = [m for m in found if getattr(m, "is_causal", True)]
     return sorted(causal or found, key=lambda m: int(m.layer_idx))  # type: ignore[arg-type]
 
 
-def _uses_interface(module: nn.Module) -> bool:
+def uses_interface(module: nn.Module) -> bool:
     """Whether the module's code asks the attention interface which function to call; linear-attention layers do not."""
     return "ALL_ATTENTION_FUNCTIONS" in inspect.unwrap(type(module).forward).__code__.co_names
 

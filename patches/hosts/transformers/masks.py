@@ -6,12 +6,49 @@ rule and the padding. So the call is recorded, and the mask function of the *ori
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+
+@dataclass(frozen=True)
+class KeptKeys:
+    """The keys of a layer that fewer tokens reach. index(): (B, length) int64, the number of each in the whole sequence, −1 for holes.
+
+    offset: place of the first query among them; a tensor on a static cache. key: equal for layers with equal keys.
+    """
+
+    index: Callable[[], Tensor]
+    length: int
+    offset: int | Tensor
+    has_holes: bool
+    key: Hashable
+
+
+def _by_number(rule: Callable[..., Any], q_index: Tensor, keys: KeptKeys) -> Callable[..., Any]:
+    """A rule about numbers of the whole sequence, as a rule about places in the shortened one."""
+    kv_index = keys.index().clamp_min(0)
+    q_index, offset = q_index.clamp_min(0), keys.offset
+
+    def asked_by_number(batch: Any, head: Any, q: Any, kv: Any) -> Any:
+        return rule(batch, head, q_index[batch, q - offset], kv_index[batch, kv])
+
+    return asked_by_number
+
+
+def shortened_tensor(mask: Tensor, rows: Tensor | None, index: Tensor) -> Tensor:
+    """A finished mask (B or 1, heads or 1, L, n), boolean or additive, cut to `rows` (B, m) of its queries and `index` (B, n') of its keys."""
+    batch, heads = len(index), mask.shape[1]
+    mask = mask.expand(batch, -1, -1, -1)
+    if rows is not None:
+        mask = mask.gather(2, rows.clamp_min(0)[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
+    is_known = ((index >= 0) & (index < mask.shape[3]))[:, None, None]
+    found = mask.gather(3, index.clamp(0, mask.shape[3] - 1)[:, None, None].expand(-1, heads, mask.shape[2], -1))
+    return found & is_known if mask.dtype == torch.bool else found.masked_fill(~is_known, torch.finfo(mask.dtype).min)
 
 
 class LazyMask:
@@ -34,6 +71,7 @@ class LazyMask:
         self._built = False
         self._mask: Any = None
         self._is_unpadded: bool | None = None
+        self._shortened: dict[Hashable, LazyMask] = {}
 
     def contiguous(self) -> LazyMask:
         return self
@@ -44,6 +82,33 @@ class LazyMask:
             self._mask = ALL_MASK_ATTENTION_FUNCTIONS[self.original](**self.arguments)
             self._built = True
         return self._mask
+
+    def shortened(self, q_index: Tensor, keys: KeptKeys) -> LazyMask:
+        """The mask of a layer that fewer tokens reach: its rows are the queries `q_index` (B, m), its columns the entries of `keys`.
+
+        Both hold numbers of the whole sequence, −1 for holes. Order is kept, so a causal rule holds for places as it did for numbers; any other
+        rule is asked by number.
+        """
+        known = self._shortened.get(keys.key)
+        if known is not None:
+            return known
+        valid = None
+        if keys.has_holes or (self.padding is not None and not self._has_ones_only(self.padding)):
+            index = keys.index()
+            valid = index >= 0
+            if self.padding is not None:
+                width = self.padding.shape[-1]
+                valid &= self.padding.bool().expand(len(index), -1).gather(1, index.clamp(0, width - 1)) & (index < width)
+        sizes = {"q_length": q_index.shape[1], "kv_length": keys.length, "q_offset": keys.offset, "kv_offset": 0, "attention_mask": valid}
+        rule: dict[str, Any] = {}
+        if not self.is_plain_causal:
+            rule = {
+                "mask_function": _by_number(self.arguments["mask_function"], q_index, keys), "allow_is_causal_skip": False,
+                "allow_is_bidirectional_skip": False, "local_size": None,
+            }  # fmt: skip
+        short = LazyMask(self.original, {**self.arguments, **sizes, **rule, "batch_size": q_index.shape[0]})
+        self._shortened[keys.key] = short
+        return short
 
     def valid_keys(self, kv_length: int) -> Tensor | None:
         """Keys that are no padding, (B, kv_length) bool, or None where there are no others. Past the padding mask's end nothing is valid."""

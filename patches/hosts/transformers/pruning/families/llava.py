@@ -1,0 +1,38 @@
+"""LLaVA 1.5: a CLIP tower whose [CLS] row is dropped, one token per patch. With the strategy "full" [CLS] is a token in front of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from accel.patches.hosts.transformers.pruning.families._clip import clip_tower, keeps_cls, pixels_of
+from accel.patches.hosts.transformers.pruning.vision import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Modality,
+    Picture,
+    Tower,
+    VisionFamily,
+    grid_picture,
+    with_structural,
+)
+
+
+class Llava(VisionFamily):
+    model_types = ("llava",)
+    pixel_mean, pixel_std = CLIP_MEAN, CLIP_STD
+
+    def towers(self, base: nn.Module) -> dict[Modality, Tower]:
+        model: Any = base
+        return {"image": clip_tower(model.config, model.vision_tower)}
+
+    def pictures(self, base: nn.Module, modality: Modality, call: Mapping[str, Any], features: Any) -> list[Picture]:
+        config: Any = base.config
+        pixels = pixels_of(call)
+        height, width = (n // config.vision_config.patch_size for n in pixels.shape[-2:])
+        picture = grid_picture(height, width)
+        if keeps_cls(config, call):
+            picture = with_structural(picture, {0: (0, 0, -1)})
+        return [picture] * len(pixels)

@@ -6,10 +6,16 @@ from accel.errors import PatchError as PatchError
 from accel.errors import UnsupportedError as UnsupportedError
 from accel.handle import Handle as Handle
 from accel.patches.dense import Dense as Dense
+from accel.patches.downsample import Downsample as Downsample
+from accel.patches.fastervlm import FasterVLM as FasterVLM
+from accel.patches.fastv import FastV as FastV
 from accel.patches.flexprefill import FlexPrefill as FlexPrefill
 from accel.patches.powerattention import PowerAttention as PowerAttention
 from accel.patches.random_blocks import RandomBlocks as RandomBlocks
+from accel.patches.random_tokens import RandomTokens as RandomTokens
 from accel.patches.streaming import Streaming as Streaming
+from accel.patches.uniform_tokens import UniformTokens as UniformTokens
+from accel.patches.vflowopt import VFlowOpt as VFlowOpt
 from accel.patching import apply as apply
 from accel.protocols import Method as Method
 from accel.recipe import Recipe as Recipe

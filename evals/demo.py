@@ -19,7 +19,7 @@ from accel.evals.block_maps import HeadMaps
 from accel.evals.latency import LatencyRow, Pass, baselines, last_logits_only, quiet_notices, rows_from_passes, timed_pass
 from accel.evals.models import LoadedModel
 from accel.evals.scoring import Scored, score
-from accel.evals.tasks import Sample, load_task
+from accel.evals.tasks import Sample, load_text_task
 from accel.protocols import Method, SparseAttention
 from accel.registry import build
 
@@ -78,7 +78,7 @@ def run_demo(
     density: float | None = None
     with torch.no_grad(), quiet_notices():
         for case in (_in_time(case, done, deadline) for case in cases):
-            [sample] = load_task(case.task).samples(loaded.tokenizer, case.tokens, 1, seed)
+            [sample] = load_text_task(case.task).samples(loaded.tokenizer, case.tokens, 1, seed)
             base = baselines(loaded.model)
             measured = Measured(case, sample, {**base, type(method).__name__: [method]}, list(base))
             if not done:

@@ -75,6 +75,35 @@ def accuracy_density_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[st
         return _svg(figure)
 
 
+def accuracy_keep_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
+    """SVG of the share of right answers against the share of visual tokens kept (logarithmic), a line per series with standard errors.
+
+    rows: series, share, score, stderr, is_baseline; a baseline is drawn across the whole width.
+    """
+    with _figure(width=8.6, height=4.1) as (figure, axes):
+        for number, (series, colour) in enumerate(colours.items()):
+            mine = sorted((r for r in rows if r["series"] == series), key=lambda r: r["share"])
+            if mine and mine[0]["is_baseline"]:
+                value, error = mine[0]["score"], mine[0]["stderr"] or 0.0
+                axes.axhline(value, label=series, color=colour, linestyle="--", linewidth=1.4)
+                axes.axhspan(value - error, value + error, color=colour, alpha=0.15, linewidth=0)
+            elif mine:
+                errors = [r["stderr"] or 0.0 for r in mine]
+                # a little apart, so that series of the same score do not hide each other
+                places = [r["share"] * 1.015 ** (number - len(colours) / 2) for r in mine]
+                axes.errorbar(places, [r["score"] for r in mine], yerr=errors, label=series, color=colour, marker="o",
+                              markersize=5, linewidth=1.8, capsize=3, elinewidth=1)  # fmt: skip
+        shares = sorted({r["share"] for r in rows if not r["is_baseline"]})
+        axes.set_xscale("log")
+        axes.set_xticks(shares, [f"{100 * share:.3g} %" for share in shares])
+        axes.minorticks_off()
+        axes.set_ylim(-0.03, 1.05)
+        axes.set_xlabel("visual tokens kept, as asked for")
+        axes.set_ylabel("share of right answers")
+        figure.legend(loc="outside right center", frameon=False)
+        return _svg(figure)
+
+
 def tile_image(rows: Sequence[str]) -> str:
     """A block map as a PNG data address: read tiles in colour, skipped causal tiles pale, the future transparent."""
     size = max(len(row) for row in rows)

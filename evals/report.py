@@ -11,7 +11,9 @@ from typing import Any
 
 from accel.errors import AccelError
 from accel.evals import plots
-from accel.evals.report_sections import Row, Table, milliseconds, number, ratio, score_cell, sections
+from accel.evals.overlays import data_address
+from accel.evals.report_pictures import picture_sections, points, share_asked, text_scores
+from accel.evals.report_sections import Row, Section, Table, milliseconds, number, ratio, score_cell, sections
 
 NEEDED_FOR_HTML = ("jinja2", "matplotlib")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -27,7 +29,10 @@ class Reports:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture for the HTML page: SVG text, or the data address of an image. `title` stands above it, `caption` below."""
+    """A picture for the HTML page: SVG text, or the data address of an image. `title` stands above it, `caption` below.
+
+    starts_row: the figure is the first of its row.
+    """
 
     section: str
     title: str
@@ -35,6 +40,7 @@ class Figure:
     svg: str = ""
     image: str = ""
     is_square: bool = False
+    starts_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,14 +72,14 @@ def write_reports(folder: str | Path) -> Reports:
     result = json.loads(source.read_text(encoding="utf-8"))
     reports = Reports(folder / "report.md", folder / "report.html")
     reports.markdown.write_text(render_markdown(result), encoding="utf-8")
-    reports.html.write_text(render_html(result), encoding="utf-8")
+    reports.html.write_text(render_html(result, folder), encoding="utf-8")
     return reports
 
 
 def render_markdown(result: Mapping[str, Any]) -> str:
     """The report as GitHub-flavoured markdown, without figures."""
     parts = [f"# {_title(result)}", _subtitle(result)]
-    for section in sections(result):
+    for section in all_sections(result):
         parts += [f"## {section.title}", *section.paragraphs]
         parts += ["\n".join(f"- {bullet}" for bullet in section.bullets)] if section.bullets else []
         for table in section.tables:
@@ -83,8 +89,13 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def render_html(result: Mapping[str, Any]) -> str:
-    """The report as one HTML page that loads nothing: style and figures are inside it."""
+def all_sections(result: Mapping[str, Any]) -> list[Section]:
+    """Everything that the result holds, in reading order."""
+    return [*picture_sections(result), *sections({**result, "scores": text_scores(result)})]
+
+
+def render_html(result: Mapping[str, Any], folder: Path | None = None) -> str:
+    """The report as one HTML page that loads nothing: style and figures are inside it. folder: of the pictures that the result names."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -92,7 +103,7 @@ def render_html(result: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     figures: dict[str, list[Figure]] = {}
-    for figure in figures_of(result):
+    for figure in [*figures_of(result), *(_overlay_figures(result, folder) if folder else [])]:
         figures.setdefault(figure.section, []).append(figure)
     return jinja.get_template("report.html.j2").render(
         title=_title(result),
@@ -101,7 +112,7 @@ def render_html(result: Mapping[str, Any]) -> str:
         style=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # our own file, not user text
         cards=cards(result),
         notices=result.get("notices", []),
-        sections=sections(result),
+        sections=all_sections(result),
         figures=figures,
         svg=Markup,  # figures are made by plots.py; labels inside them are escaped there
         details=[("Settings", _key_values(result.get("config"))), ("Environment", _key_values(result.get("env")))],
@@ -110,17 +121,17 @@ def render_html(result: Mapping[str, Any]) -> str:
 
 def figures_of(result: Mapping[str, Any]) -> list[Figure]:
     """Every picture that the result supports."""
-    latency, scores = result.get("latency", []), result.get("scores", [])
+    latency, scores = result.get("latency", []), text_scores(result)
     colours = plots.colour_by_label([*latency, *scores])
     figures = [figure for metric, unit, name in (("ttft_ms", 1e3, "time to first token, s"), ("tpot_ms", 1.0, "time per output token, ms"))
                if (figure := _time_figure(metric, latency, colours, unit=unit, y_label=name))]  # fmt: skip
-    return [*figures, *_accuracy_figures(scores, colours), *_map_figures(result.get("block_maps", []))]
+    return [*figures, *_accuracy_figures(scores, colours), *_keep_figures(result.get("means", [])), *_map_figures(result.get("block_maps", []))]
 
 
 def cards(result: Mapping[str, Any]) -> list[Card]:
-    """Key figures of the first method: its score at each task beside dense, its time and density at the greatest length."""
+    """Key figures of the first method: its score at each task beside dense, its time and density at the greatest length; its answers by budget."""
     latency = [r for r in result.get("latency", []) if r["metric"] == "ttft_ms"]
-    scores = result.get("scores", [])
+    scores = text_scores(result)
     focus = next((r["label"] for r in [*scores, *latency] if not r.get("is_baseline")), None)
     found = []
     for s in scores:
@@ -138,7 +149,20 @@ def cards(result: Mapping[str, Any]) -> list[Card]:
             found.append(Card(milliseconds(r["ms"]["median"]), f"to first token at {length}", ratios))
             explained = r["note"] or "share of causal tiles computed"
             found.append(Card(number(r["density"], 2, missing="dense"), f"density at {length}", explained))
-    return found
+    return [*found, *_picture_cards(result.get("means", []), result.get("paired", []))]
+
+
+def _picture_cards(means: Sequence[Row], paired: Sequence[Row]) -> list[Card]:
+    """The mean score of the first series at each budget, and the first few comparisons."""
+    focus = next((m["series"] for m in means if not m["is_baseline"]), None)
+    mine = sorted((m for m in means if m["series"] == focus and not m["is_baseline"]), key=share_asked, reverse=True)
+    by_label = {m["label"]: m for m in means}
+    cards = []
+    for mean in mine:
+        others = [by_label[row["other"]] for row in paired if row["label"] == mean["label"]]
+        beside = " · ".join(f"{other['series']} {points(other['score'])}" for other in others)
+        cards.append(Card(f"{points(mean['score'])} %", f"{focus}, {100 * share_asked(mean):.3g} % of the picture's tokens", beside))
+    return cards
 
 
 # --- figures ------------------------------------------------------------------------------------------------------------------
@@ -168,6 +192,26 @@ def _accuracy_figures(scores: Sequence[Row], colours: Mapping[str, str]) -> list
             svg = plots.accuracy_density_plot(points, colours, title=title, y_label=metric)
             figures.append(Figure("accuracy", "", "", svg=svg))
     return figures
+
+
+def _keep_figures(means: Sequence[Row]) -> list[Figure]:
+    rows = [
+        {"share": share_asked(m), "score": m["score"]["value"], "stderr": m["score"]["stderr"], **{key: m[key] for key in ("series", "is_baseline")}}
+        for m in means
+    ]
+    if all(row["is_baseline"] for row in rows):
+        return []
+    colours = plots.colour_by_label([{"label": row["series"], "is_baseline": row["is_baseline"]} for row in rows])
+    caption = "Mean over the tasks that pass, with standard errors. Dashed: the whole picture."
+    return [Figure("kept", "", caption, svg=plots.accuracy_keep_plot(rows, colours))]
+
+
+def _overlay_figures(result: Mapping[str, Any], folder: Path) -> list[Figure]:
+    """The pictures that the result names, read from its folder."""
+    return [
+        Figure("overlays", row["title"], row["caption"], image=data_address((folder / row["file"]).read_bytes()), starts_row=row["starts_row"])
+        for row in result.get("overlays", [])
+    ]
 
 
 def _map_figures(block_maps: Sequence[Row]) -> list[Figure]:

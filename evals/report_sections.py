@@ -231,7 +231,7 @@ def _standing_limits(result: Mapping[str, Any]) -> list[str]:
         found.append(f"Peak memory is {how}, without weights and whatever an earlier pass had already allocated for good.")
     if result.get("block_maps"):
         found.append("Block maps show one prompt: another text is read differently by methods that look at it.")
-    if result.get("scores"):
+    if result.get("scores") or result.get("means"):
         found.append("Scores come from few samples and one seed: differences within two standard errors are noise, in either direction.")
     return found
 

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,7 @@ from accel.errors import AccelError
 SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "triton", "vllm", "numpy")
 # settings that say how far a run goes, not what a sample is: they may differ when a run is resumed
-_EXTENT = ("samples", "limit", "tasks", "lengths", "controls", "methods", "command")
+_EXTENT = ("samples", "limit", "tasks", "lengths", "controls", "keeps", "methods", "command")
 
 
 class SampleKey(NamedTuple):
@@ -34,9 +34,14 @@ class SampleKey(NamedTuple):
 class SampleRecord:
     """One finished sample under one method; a line of `samples.jsonl`.
 
-    label: the method's name in tables. options: [{method: options}], empty for dense. tokens: the length asked for; n_tokens: the length of the
-    prompt. log_prob, exact: means over the answers, whose own values are the lists log_probs and hits. density: share of the causal tiles that the
-    sparse calls of the prefill computed, None where there was none. sparse_calls, dense_calls (by reason): attention calls of the prefill.
+    label: the method's name in tables. options: [{method: options}], empty for dense. tokens: the length asked for, 0 for pictures; n_tokens: the
+    length of the prompt. log_prob, exact: means over the answers, whose own values are the lists log_probs and hits; answers about pictures are
+    written, not scored, and have no log_prob. density: share of the causal tiles that the sparse calls of the prefill computed, None where there was
+    none. sparse_calls, dense_calls (by reason): attention calls of the prefill.
+
+    picture_hash: the same for questions about one picture. visual_tokens: tokens of the picture; kept_tokens of them were left behind the last
+    layer at which tokens leave, and kept_share as a mean over the decoder layers; both None where nothing was asked to leave. keep: what was asked
+    for, a share or a count. not_pruned: prompts left whole, by reason.
     """
 
     task: str
@@ -47,7 +52,7 @@ class SampleRecord:
     seed: int
     n_tokens: int
     prompt_hash: str
-    log_prob: float
+    log_prob: float | None
     exact: float
     log_probs: list[float]
     hits: list[float]
@@ -59,6 +64,12 @@ class SampleRecord:
     dense_calls: dict[str, int]
     prefill_ms: float
     selection_ms: float | None = None
+    picture_hash: str | None = None
+    visual_tokens: int = 0
+    kept_tokens: int | None = None
+    kept_share: float | None = None
+    keep: float | int | None = None
+    not_pruned: dict[str, int] = field(default_factory=dict)
 
     @property
     def key(self) -> SampleKey:
@@ -72,6 +83,7 @@ class RunFolder:
         self.path = path
         self.config = config
         self._records = {record.key: record for record in records}
+        self._prompts = {_place(record.key): record.prompt_hash for record in records}
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> RunFolder:
@@ -104,6 +116,10 @@ class RunFolder:
     def get(self, key: SampleKey) -> SampleRecord | None:
         return self._records.get(key)
 
+    def prompt_hash(self, key: SampleKey) -> str | None:
+        """The hash of the prompt that this sample was given under some label; None where none of them has finished."""
+        return self._prompts.get(_place(key))
+
     def append(self, record: SampleRecord) -> None:
         """Saves one finished sample. A failure to save raises: a run that loses results has failed."""
         if record.key in self._records:
@@ -113,6 +129,7 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self._records[record.key] = record
+        self._prompts.setdefault(_place(record.key), record.prompt_hash)
 
     def finish(self, rows: Sequence[Mapping[str, Any]], **sections: Any) -> Path:
         """Writes `result.json` and returns its path. rows: one per task, length and method (`scores`); sections: further entries, or others for
@@ -128,6 +145,10 @@ class RunFolder:
         target = self.path / "result.json"
         _write(target, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         return target
+
+
+def _place(key: SampleKey) -> tuple[str, int, int]:
+    return key.task, key.tokens, key.sample
 
 
 def environment() -> dict[str, Any]:

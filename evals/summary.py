@@ -18,11 +18,14 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
     """One row from all samples of one task, length and method.
 
     score: the share of right answers, or the perplexity of their tokens. n: answers. The standard error is taken over prompts, since the
-    answers of one prompt depend on each other; over answers where there is one prompt only; `stderr_over` tells which.
+    answers of one prompt depend on each other; over answers where there is one prompt only; `stderr_over` tells which. kept_share: of the visual
+    tokens, as reached, a mean over the decoder layers.
     """
     first = records[0]
-    exact, log_prob = _mean_and_error([r.hits for r in records]), _mean_and_error([r.log_probs for r in records])
+    exact = _mean_and_error([r.hits for r in records])
+    log_prob = _mean_and_error([r.log_probs for r in records]) if all(r.log_probs for r in records) else (None, None)
     if metric == "perplexity":
+        assert log_prob[0] is not None
         value = math.exp(-log_prob[0])
         # d exp(−x) = −exp(−x) dx
         score = {"name": metric, "value": value, "stderr": None if log_prob[1] is None else value * log_prob[1]}
@@ -30,12 +33,14 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
         score = {"name": metric, "value": exact[0], "stderr": exact[1]}
     densities = [r.density for r in records if r.density is not None]
     selection = [r.selection_ms for r in records if r.selection_ms is not None]
+    shares = [r.kept_share for r in records if r.kept_share is not None]
     n_sparse, dense_calls = sum(r.sparse_calls for r in records), _added([r.dense_calls for r in records])
     return {
         "task": first.task,
         "label": first.label,
         "options": first.options,
         "tokens": first.tokens,
+        "kind": "text" if first.picture_hash is None else "picture",
         "is_baseline": first.label == BASELINE,
         "n": sum(len(r.hits) for r in records),
         "n_prompts": len(records),
@@ -44,16 +49,19 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
         "log_prob": log_prob[0],
         "log_prob_stderr": log_prob[1],
         "density": statistics.fmean(densities) if densities else None,
+        "keep": first.keep,
+        "kept_share": statistics.fmean(shares) if shares else None,
+        "visual_tokens": statistics.fmean(r.visual_tokens for r in records),
         "calls": {"sparse": n_sparse, "dense": dense_calls},
         "prefill_ms": _spread([r.prefill_ms for r in records]),
         "selection_ms": _spread(selection) if selection else None,
         "hash": {"prompts": sorted({r.prompt_hash for r in records})},
-        "note": _note(n_sparse, dense_calls),
+        "note": _note(n_sparse, dense_calls, _added([r.not_pruned for r in records])),
     }
 
 
 def answer_rows(records: Sequence[SampleRecord]) -> list[dict[str, Any]]:
-    """One row per question and method, of the first prompt of each task and length, where its answers are few enough to be read.
+    """One row per question and method, of the first text prompt of each task and length, where its answers are few enough to be read.
 
     A right answer is shown as it was expected, also where it is only a part of the reply.
     """
@@ -61,7 +69,7 @@ def answer_rows(records: Sequence[SampleRecord]) -> list[dict[str, Any]]:
         {"task": r.task, "question": f"{r.task} {r.tokens}: {question}", "expected": expected, "label": r.label,
          "answer": expected if hit else answer, "log_prob": log_prob}
         for r in records
-        if r.sample == 0 and len(r.expected) <= MOST_ANSWERS_SHOWN
+        if r.sample == 0 and r.picture_hash is None and len(r.expected) <= MOST_ANSWERS_SHOWN
         for question, expected, answer, hit, log_prob in zip(r.questions, r.expected, r.answers, r.hits, r.log_probs, strict=True)
     ]  # fmt: skip
 
@@ -89,9 +97,14 @@ def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:
     return total
 
 
-def _note(sparse: int, dense: dict[str, int]) -> str:
-    """Which calls of the prefill ran dense, for methods that ought to be sparse."""
-    if not dense:
-        return ""
-    reasons = ", ".join(f"{reason} ({n})" for reason, n in sorted(dense.items(), key=lambda item: -item[1]))
-    return f"dense calls: {reasons}" if sparse else f"ran dense: {reasons}"
+def _note(sparse: int, dense: dict[str, int], not_pruned: dict[str, int]) -> str:
+    """Which calls of the prefill ran dense, for methods that ought to be sparse, and which prompts were left whole."""
+    parts = [f"not pruned: {_reasons(not_pruned)}"] if not_pruned else []
+    if dense:
+        parts.append(f"dense calls: {_reasons(dense)}" if sparse else f"ran dense: {_reasons(dense)}")
+    return "; ".join(parts)
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    """ "dense layer (12), decode (3)", the most frequent first."""
+    return ", ".join(f"{reason} ({n})" for reason, n in sorted(counts.items(), key=lambda item: -item[1]))

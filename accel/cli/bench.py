@@ -205,11 +205,11 @@ def _prompts(loaded: LoadedModel, lengths: Sequence[int], seed: int) -> dict[int
     """Ids (1, L) by length: real text, since what a method selects depends on it."""
     import torch
 
-    from accel.evals.tasks import load_task
+    from accel.evals.tasks import load_text_task
 
     limit = loaded.max_positions
     if limit is not None and max(lengths) > limit:
         raise OptionError(f"{loaded.name} has {limit} positions, asked for {max(lengths)} tokens; pass --lengths up to {limit}")
     device = next(iter(loaded.model.parameters())).device
-    samples = {n: load_task("needle").samples(loaded.tokenizer, n, 1, seed)[0] for n in lengths}
+    samples = {n: load_text_task("needle").samples(loaded.tokenizer, n, 1, seed)[0] for n in lengths}
     return {n: torch.tensor([sample.input_ids], device=device) for n, sample in samples.items()}

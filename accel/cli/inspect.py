@@ -1,4 +1,4 @@
-"""`accel inspect`: the layers of a model, what each method would patch and why not, and what its heads read."""
+"""`accel inspect`: the layers of a model, what each method would patch and why not, what its heads read, and which parts of a picture it keeps."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from typing import TYPE_CHECKING, Any
 from accel.cli.measuring import choose_dtype, describe_run, finish_run, new_folder, settle_threads
 from accel.cli.options import parse_length, parse_method
 from accel.errors import AccelError, OptionError
+from accel.protocols import TokenPruning
 
 if TYPE_CHECKING:
     from accel.evals.models import LoadedModel
     from accel.protocols import Method, ModelInfo
 
-HELP = "layers of a model, what each method would patch and why not, and which blocks its heads read"
+HELP = "layers of a model, what each method would patch and why not, and which blocks or parts of a picture it reads"
+
+QUESTION = "What is in this picture?"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="M", help="an embedded model (smollm2), a folder, or a hub id")
-    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help="show what its heads read in a prompt; repeatable")
+    shown = "show what its heads read in a prompt, or what it keeps of --image; repeatable"
+    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=shown)
+    parser.add_argument("--image", type=Path, help="a picture: draw over it what each --method keeps (default: every token-pruning method)")
+    parser.add_argument("--question", default=QUESTION, help=f"asked about the picture (default: {QUESTION})")
     parser.add_argument("--tokens", default="4k", help="length of the prompt (default: 4k)")
     parser.add_argument("--prompt", type=Path, help="a text file as the prompt, cut to --tokens (default: prose of Python's help)")
     parser.add_argument("--heads", type=int, default=3, help="block maps per method, from the sparsest head to the densest (default: 3)")
@@ -30,17 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
     parser.add_argument("--out", help="folder for the report (default: runs/<date>-inspect)")
-    parser.epilog = "example:\n  accel inspect smollm2 --method flexprefill:gamma=0.9,min_seq_len=0 --tokens 2k"
+    parser.epilog = (
+        "examples:\n  accel inspect smollm2 --method flexprefill:gamma=0.9,min_seq_len=0 --tokens 2k\n"
+        "  accel inspect llava-hf/llava-1.5-7b-hf --image photo.jpg --question 'What is this?' --method fastervlm:keep=0.25"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the model and its layers, and writes a report with the block maps. 0 unless a method named by --method cannot be applied."""
+    """Prints the model and its layers, and writes a report with block maps or overlays. 0 unless a method named by --method cannot be applied."""
     settle_threads(args.threads)
     from accel.evals.models import load_model
     from accel.patching import host_for
 
     methods = [parse_method(text) for text in args.method or []]
     n_tokens = parse_length(args.tokens)
+    _check_kinds(methods, args.image)
     folder = new_folder("inspect", args.out)
     dtype, reason = choose_dtype(args.dtype, args.device)
     loaded = load_model(args.model, dtype=dtype, device=args.device)
@@ -52,15 +62,31 @@ def main(args: argparse.Namespace) -> int:
         "facts": facts(loaded, info),
         "layers": layers,
         "block_maps": [],
-        "notices": [] if methods else ["no block maps: --method names a method whose maps are drawn"],
+        "notices": [] if methods or args.image else ["no block maps: --method names a method whose maps are drawn"],
     }
-    if methods:
+    if args.image:
+        from accel.evals.gallery import inspect_picture
+
+        chosen = methods or [method for method in registered() if isinstance(method, TokenPruning)]
+        result |= inspect_picture(loaded, folder, chosen, args.image, args.question, must_apply=bool(methods))
+    elif methods:
         prompt = prompt_ids(loaded, n_tokens, args.prompt)
         for method in methods:
             map_heads(loaded, method, prompt, args.heads, result)
     print_result(result)
     finish_run(folder, result)
     return 0
+
+
+def _check_kinds(methods: Sequence[Method], image: Path | None) -> None:
+    """Raises OptionError where a method cannot show anything of what was given."""
+    for method in methods:
+        if isinstance(method, TokenPruning) and image is None:
+            raise OptionError(f"{method.method_name()} drops parts of pictures: show it one with --image")
+        if not isinstance(method, TokenPruning) and image is not None:
+            raise OptionError(f"{method.method_name()} drops no parts of a picture: leave --image out to see what its heads read in a text")
+    if image is not None and not image.is_file():
+        raise OptionError(f"there is no picture {image}")
 
 
 def registered() -> list[Method]:
@@ -79,7 +105,7 @@ def facts(loaded: LoadedModel, info: ModelInfo) -> dict[str, str]:
         "attention": f"{info.n_layers} layers, {info.n_heads} query and {info.n_kv_heads} key heads of {info.head_dim}, runs "
         f"{getattr(loaded.model.config, '_attn_implementation', 'its own code')}",
         "positions": str(info.max_positions or "not limited by the config"),
-        "vision": "yes: its tower is left alone" if info.has_vision else "no",
+        "vision": ("yes, with [CLS]" if info.has_cls else "yes") if info.has_vision else "no",
     }
 
 
@@ -93,6 +119,8 @@ def layer_rows(model: Any, method: Method, info: ModelInfo) -> list[dict[str, An
             fate = {**dict.fromkeys(handle.patched_layers, ""), **handle.skipped_layers}
     except AccelError as error:
         return [{"method": method.method_name(), "layers": "all", "type": "–", "patched": False, "reason": " ".join(str(error).split())}]
+    if isinstance(method, TokenPruning):
+        return _stage_rows(method, info)
     groups: dict[tuple[str, str, bool], list[int]] = {}
     for layer in range(info.n_layers):
         kind = info.layer_types[layer].replace("_", " ") if layer < len(info.layer_types) else "unknown"
@@ -101,6 +129,15 @@ def layer_rows(model: Any, method: Method, info: ModelInfo) -> list[dict[str, An
         {"method": method.method_name(), "layers": as_ranges(layers), "type": kind, "patched": is_patched, "reason": reason}
         for (kind, reason, is_patched), layers in groups.items()
     ]
+
+
+def _stage_rows(method: TokenPruning, info: ModelInfo) -> list[dict[str, Any]]:
+    """One row per stage: the layers that run without what it drops."""
+    stages = method.bind(info).stages(info)
+    common = {"method": method.method_name(), "type": "visual tokens"}
+    if not stages:
+        return [{**common, "layers": "all", "patched": False, "reason": "these options keep everything"}]
+    return [{**common, "layers": as_ranges(range(stage.layer or 0, info.n_layers)), "patched": True, "reason": ""} for stage in stages]
 
 
 def as_ranges(numbers: Sequence[int]) -> str:
@@ -114,12 +151,12 @@ def prompt_ids(loaded: LoadedModel, n_tokens: int, file: Path | None) -> Any:
     """Token ids (1, n_tokens): the file's text, or prose with four facts in it. Raises OptionError where the model or the text is too short."""
     import torch
 
-    from accel.evals.tasks import load_task
+    from accel.evals.tasks import load_text_task
 
     if loaded.max_positions is not None and n_tokens > loaded.max_positions:
         raise OptionError(f"{loaded.name} has {loaded.max_positions} positions, asked for {n_tokens} tokens")
     if file is None:
-        ids = list(load_task("needle").samples(loaded.tokenizer, n_tokens, 1, 0)[0].input_ids)
+        ids = list(load_text_task("needle").samples(loaded.tokenizer, n_tokens, 1, 0)[0].input_ids)
     else:
         ids = loaded.tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"][:n_tokens]
         if len(ids) < n_tokens:
@@ -143,7 +180,7 @@ def map_heads(loaded: LoadedModel, method: Method, prompt: Any, n_heads: int, re
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Facts, layers and densities on stdout."""
+    """Facts, layers, densities and what was kept on stdout."""
     from accel.cli.table import print_table
     from accel.evals.report_sections import layer_table, maps_table
 
@@ -152,5 +189,7 @@ def print_result(result: dict[str, Any]) -> None:
     tables: Sequence[Any] = [layer_table(result["layers"]), *([maps_table(result["block_maps"])] if result["block_maps"] else [])]
     for table in tables:
         print_table(table.headers, table.rows, text_columns=table.text_columns)
+    for row in result.get("overlays", []):
+        print(f"{row['title']}: {row['caption']} {row['file']}")
     for notice in result["notices"]:
         print(notice)

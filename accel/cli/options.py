@@ -37,6 +37,22 @@ def parse_method(text: str) -> Method:
     return build(name.strip(), options)
 
 
+def parse_keeps(given: Any) -> list[float | int]:
+    """Shares (with a point: 0.25) and counts of visual tokens (whole: 36), from `"1.0,0.25"` or a list. Raises OptionError for anything else."""
+    found: list[float | int] = []
+    for item in split_items(given):
+        try:
+            keep: float | int = int(item) if item.isdigit() else float(item)
+        except ValueError as error:
+            raise OptionError(f"what to keep is a share such as 0.25 or a count such as 36, got {item!r}") from error
+        if keep == 1 and isinstance(keep, int):
+            raise OptionError("keeps: write 1.0 for everything; a whole number is a count of tokens")
+        if not (keep > 1 if isinstance(keep, int) else 0 < keep <= 1):
+            raise OptionError(f"what to keep is a share in (0, 1] or a count, got {item!r}")
+        found.append(keep)
+    return list(dict.fromkeys(found))
+
+
 def parse_length(text: str) -> int:
     """Tokens in `4096`, `4k` (4096) or `1m`. Raises OptionError for anything else."""
     found = re.fullmatch(r"\s*(\d+)\s*([km]?)\s*", text.lower())
@@ -58,14 +74,14 @@ def parse_lengths(given: Any) -> list[int]:
 
 def read_variants(settings: Mapping[str, Any]) -> dict[str, list[Method]]:
     """Methods by label, from the settings `method` and `recipe`; without either the model's own recipe, or FlexPrefill where it has none."""
-    from accel.evals.latency import describe_method
+    from accel.evals.controls import describe
     from accel.evals.models import embedded_recipe
     from accel.recipe import Recipe
     from accel.registry import build
 
     given = settings["method"] or []
     methods = [parse_method(text) for text in ([given] if isinstance(given, str) else given)]
-    variants = {describe_method(method): [method] for method in methods}
+    variants = {describe(method): [method] for method in methods}
     shipped = None if methods or settings["recipe"] else embedded_recipe(settings["model"])
     for path in (settings["recipe"], shipped):
         if path:

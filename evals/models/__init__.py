@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from accel.errors import AccelError, OptionError
 
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
+Kind = Literal["text", "picture"]
+
+logger = logging.getLogger("accel")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,29 @@ class LoadedModel:
         """Tokens the model can hold; None where its config does not say."""
         value = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return None if value is None else int(value)
+
+    @property
+    def reads(self) -> tuple[Kind, ...]:
+        """The kinds of samples that the model can be given."""
+        return ("text",)
+
+
+@dataclass(frozen=True)
+class LoadedVisionModel(LoadedModel):
+    """A model that reads pictures too.
+
+    processor(images=…, text=…) gives what its forward takes; None where the model came without one, and pictures cannot be read then.
+    prompt_text: a question as the text of a prompt with one picture, for models without a chat template. reads_text: False for a model that was
+    taught nothing but questions about pictures.
+    """
+
+    processor: Any = None
+    prompt_text: Callable[[str], str] | None = None
+    reads_text: bool = True
+
+    @property
+    def reads(self) -> tuple[Kind, ...]:
+        return (*(("text",) if self.reads_text else ()), *(("picture",) if self.processor is not None else ()))
 
 
 def embedded_names() -> list[str]:
@@ -82,22 +110,45 @@ def prepared(model: Any, dtype: torch.dtype, device: str) -> Any:
 
 
 def _load_pretrained(name_or_path: str, dtype: torch.dtype, device: str) -> LoadedModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        has_vision = getattr(AutoConfig.from_pretrained(name_or_path), "vision_config", None) is not None
+        processor = _processor(name_or_path) if has_vision else None
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path) if processor is None else processor.tokenizer
+        model = (AutoModelForImageTextToText if has_vision else AutoModelForCausalLM).from_pretrained(name_or_path, dtype=dtype)
     except (OSError, ValueError) as error:      # what transformers raises for missing files, no network, and unknown architectures
         raise AccelError(_not_loaded(name_or_path, error)) from error
+    if has_vision:
+        return LoadedVisionModel(prepared(model, dtype, device), tokenizer, name=name_or_path, processor=processor)
     return LoadedModel(prepared(model, dtype, device), tokenizer, name=name_or_path)
 
 
+def _processor(name_or_path: str) -> Any:
+    """The processor for pictures and text, or None, with the reason in the log."""
+    from transformers import AutoProcessor
+
+    try:
+        found = AutoProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, ImportError) as error:     # no such files; or a package that this processor needs
+        logger.warning("%s is loaded without its processor, so it reads no pictures: %s", name_or_path, _first_line(error))
+        return None
+    if not hasattr(found, "image_processor"):
+        # where the files of a processor are missing, AutoProcessor gives the tokenizer
+        logger.warning("%s has a tokenizer and no processor, so it reads no pictures", name_or_path)
+        return None
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _not_loaded(name_or_path: str, error: Exception) -> str:
-    first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if Path(name_or_path).is_dir():
         where = "a local folder with config.json, weights and tokenizer is needed"
     elif Path(name_or_path).exists() or name_or_path.startswith((".", "/", "~")):
         where = "there is no such folder"
     else:
         where = "it is no embedded model and no local folder, and the hub did not give it (no network, no such model, or no permission)"
-    return f"cannot load the model {name_or_path!r}: {where}. transformers says: {first_line}\nEmbedded models: {', '.join(embedded_names())}"
+    return f"cannot load the model {name_or_path!r}: {where}. transformers says: {_first_line(error)}\nEmbedded models: {', '.join(embedded_names())}"

@@ -1,15 +1,18 @@
-"""Tasks whose prompts are made by code: one file each, found by its name. A file here defines `TASK`; files that start with `_` are helpers."""
+"""Tasks whose prompts are made by code: one file each, found by its name. A file here defines `TASK`; files that start with `_` are helpers.
+
+A task makes samples of one kind: text prompts of a length (`Task`), or pictures with a question (`PictureTask`).
+"""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from accel.errors import OptionError
 
@@ -45,6 +48,33 @@ class Sample:
         return hashlib.sha256(" ".join(map(str, self.input_ids)).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True, eq=False)
+class PictureSample:
+    """One picture with one question.
+
+    image: (height, width, 3) uint8. answers: spellings that count as right, the usual one first. instruction: what a model that can follow one is
+    told beside the question. The model writes at most `max_new_tokens`.
+    """
+
+    id: int
+    seed: int
+    image: Any
+    question: str
+    answers: tuple[str, ...]
+    instruction: str = ""
+    max_new_tokens: int = 16
+
+    @property
+    def picture_hash(self) -> str:
+        """Tells which samples share a picture."""
+        return hashlib.sha256(repr(self.image.shape).encode() + self.image.tobytes()).hexdigest()[:16]
+
+    @property
+    def prompt_hash(self) -> str:
+        """Tells two runs whether they saw the same picture and question."""
+        return hashlib.sha256(f"{self.picture_hash} {self.question} {self.instruction}".encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Task:
     """samples(tokenizer, n_tokens, n, seed) → n prompts of `n_tokens` tokens of that tokenizer; raises OptionError where that cannot be.
@@ -53,9 +83,31 @@ class Task:
     group: a name that stands for several tasks on the command line.
     """
 
+    kind: ClassVar[Literal["text"]] = "text"
+
     samples: Callable[[Any, int, int, int], list[Sample]]
     metric: Literal["exact", "perplexity"] = "exact"
     group: str = ""
+
+
+@dataclass(frozen=True)
+class PictureTask:
+    """samples(n, seed) → n pictures with a question each; there is no length to choose.
+
+    baselines(numbers, seed) → by name, the share of right answers that needs no look at the picture, or only a guess at what it holds, on the
+    samples of these numbers. group: a name that stands for several tasks on the command line. caveat: what its scores cannot show, for reports.
+    """
+
+    kind: ClassVar[Literal["picture"]] = "picture"
+    metric: ClassVar[Literal["exact"]] = "exact"
+
+    samples: Callable[[int, int], list[PictureSample]]
+    baselines: Callable[[Sequence[int], int], Mapping[str, float]]
+    group: str = ""
+    caveat: str = ""
+
+
+AnyTask = Task | PictureTask
 
 
 @cache
@@ -64,21 +116,29 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
 
 
-def load_task(name: str) -> Task:
+def load_task(name: str) -> AnyTask:
     """The task of that name; an unknown name raises OptionError with the closest known one."""
     if name not in task_names():
         close = difflib.get_close_matches(name, task_names(), n=1)
         raise OptionError(f"no task is called {name!r}{f'; did you mean {close[0]!r}?' if close else '.'} Tasks: {', '.join(task_names())}")
     task = importlib.import_module(f"accel.evals.tasks.{name}").TASK
-    assert isinstance(task, Task)
+    assert isinstance(task, AnyTask)
+    return task
+
+
+def load_text_task(name: str) -> Task:
+    """The text task of that name; OptionError for unknown names and tasks about pictures."""
+    task = load_task(name)
+    if not isinstance(task, Task):
+        raise OptionError(f"the task {name} asks about pictures: it has no prompt of a length")
     return task
 
 
 def expand_names(names: Sequence[str]) -> list[str]:
-    """Task names, with groups ("ruler") and "all" replaced by their members, in the order given and without repeats."""
+    """Task names in the order given, without repeats; groups ("ruler", "scenes") and "all", which is every text task, replaced by their members."""
     found: dict[str, None] = {}
     for name in names:
-        members = [t for t in task_names() if name == "all" or load_task(t).group == name]
+        members = [t for t in task_names() if name == load_task(t).group or (name == "all" and load_task(t).kind == "text")]
         for member in members or [name]:
             load_task(member)
             found[member] = None

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from tiny_llama import save_tiny
 
-from accel.cli.inspect import as_ranges
+from accel.cli.inspect import as_ranges, layer_rows
 from accel.cli.main import main
+from accel.evals.models import load_model
+from accel.evals.models.small_vlm.load import WEIGHTS
+from accel.evals.scenes import scene
 
 pytest.importorskip("matplotlib")
 
@@ -82,3 +85,74 @@ def test_a_wrong_argument_explains_itself(
 @pytest.mark.parametrize("numbers, text", [([], ""), ([3], "3"), ([0, 1, 2, 5], "0–2, 5"), ([1, 3, 4], "1, 3–4")])
 def test_layer_numbers_are_written_as_ranges(numbers: list[int], text: str) -> None:
     assert as_ranges(numbers) == text
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
+    image = pytest.importorskip("PIL.Image")
+    file = tmp_path_factory.mktemp("picture") / "Photo 1.jpg"
+    image.fromarray(scene("test", 3).image).save(file)
+    return str(file)
+
+
+def test_what_each_method_keeps_of_a_picture_is_drawn(photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = ("--method", "fastervlm:keep=0.25", "--method", "vflowopt:r1=0.5,r2=0.5,r3=0.5", "--dtype", "float32", "--out", str(out))
+    # a folder, so that it is loaded as any vision-language model is
+    assert main(["inspect", str(WEIGHTS), "--image", photo, "--question", "what does the sign say ?", *words]) == 0
+    result = json.loads((out / "result.json").read_text())
+    staged = "vflowopt(keep=0.25, r1=0.5, r2=0.5, r3=0.5)"
+    stages = [f"{staged}, behind the projector", f"{staged}, before layer 2", f"{staged}, before layer 4"]
+    assert [row["title"] for row in result["overlays"]] == ["Photo 1.jpg", "fastervlm(keep=0.25)", *stages]
+    digits = " ".join(map(str, scene("test", 3).digits))
+    assert result["overlays"][0]["caption"] == f"what does the sign say ? dense: {digits}."
+    assert [row["caption"].split(" of ")[0] for row in result["overlays"][1:]] == ["36", "72", "36", "18"]
+    assert result["overlays"][1]["file"] == "overlays/photo-1-fastervlm-keep-0.25.png"
+    assert all((out / row["file"]).read_bytes().startswith(b"\x89PNG") for row in result["overlays"])
+    assert (out / "report.html").read_text().count('<img src="data:image/png;base64,') == 5
+    assert "fastervlm(keep=0.25): 36 of 144 patches kept." in capsys.readouterr().out
+
+
+def test_without_a_method_every_one_that_drops_tokens_is_drawn(photo: str, tmp_path: Path) -> None:
+    from accel.protocols import TokenPruning
+    from accel.registry import method_class, method_names
+
+    assert main(["inspect", "small-vlm", "--image", photo, "--out", str(tmp_path / "run")]) == 0
+    shown = {row["title"].split("(")[0] for row in json.loads((tmp_path / "run" / "result.json").read_text())["overlays"][1:]}
+    assert shown == {name for name in method_names() if issubclass(method_class(name), TokenPruning)}
+
+
+def test_layers_of_a_method_that_drops_tokens_are_those_that_run_without_them() -> None:
+    from accel.patching import host_for
+    from accel.registry import build
+
+    model = load_model("small-vlm").model
+    info = host_for(model).describe(model)
+    assert [(row["layers"], row["type"]) for row in layer_rows(model, build("fastervlm"), info)] == [("0–7", "visual tokens")]
+    assert [row["layers"] for row in layer_rows(model, build("fastv", {"layer": 3}), info)] == ["3–7"]
+    [whole] = layer_rows(model, build("fastv", {"keep": 1.0}), info)
+    assert (whole["patched"], whole["reason"]) == (False, "these options keep everything")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["small-vlm", "--method", "fastervlm"], "show it one with --image"),
+        (["small-vlm", "--method", "streaming", "--image", "{photo}"], "leave --image out"),
+        (["small-vlm", "--image", "nowhere.png"], "there is no picture nowhere.png"),
+        (["small-vlm", "--image", "{text}"], "cannot read the picture"),
+        (["{model}", "--image", "{photo}"], "it is a text model"),
+        (["small-vlm", "--image", "{photo}", "--method", "fastv:layer=8"], "must be below the 8 layers"),
+    ],
+    ids=["pruning_without_picture", "sparse_with_picture", "no_file", "no_picture", "text_model", "does_not_run"],
+)
+def test_a_wrong_picture_or_method_explains_itself(
+    model: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    (tmp_path / "text.txt").write_text("no picture")
+    filled = [word.format(photo=photo, model=model, text=tmp_path / "text.txt") for word in words]
+    assert main(["inspect", *filled, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err

@@ -65,9 +65,40 @@ def test_the_dry_run_shows_flags_over_file_over_defaults(tmp_path: Path, capsys:
         (["--resume"], "--out"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--lengths", "4q"], "a length is"),
+        (["--method", "fastervlm", "--keeps", "1,0.5"], "write 1.0 for everything"),
+        (["--method", "fastervlm", "--keeps", "1.5"], "a share in (0, 1]"),
+        (["--method", "fastervlm", "--keeps", "half"], "a share such as 0.25"),
+        (["--method", "flexprefill", "--keeps", "0.5"], "keeps are tried on token-pruning methods"),
     ],
-    ids=["task", "method", "resume_without_folder", "limit", "length"],
+    ids=["task", "method", "resume_without_folder", "limit", "length", "keep_one", "keep_too_much", "keep_word", "keeps_of_nothing"],
 )
 def test_a_wrong_word_is_told_before_anything_loads(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *words, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_scenes_are_asked_at_every_budget_beside_the_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("PIL")
+    words = ["run", "--model", "small-vlm", "--dtype", "float32", "--method", "fastervlm", "--keeps", "0.25,14", "--samples", "2"]
+    out = tmp_path / "r"
+    assert main([*words, "--tasks", "scene_color,scene_relation", "--out", str(out), "--limit", "20"]) == 1
+    assert main([*words, "--tasks", "scene_color,scene_relation", "--out", str(out), "--resume"]) == 0
+    result = json.loads((out / "result.json").read_text())
+    controls = [f"{name} (keep {keep})" for name in ("random_tokens", "uniform_tokens", "downsample") for keep in (0.25, 14)]
+    labels = ["dense", "fastervlm(keep=0.25)", "fastervlm(keep=14)", *controls]
+    assert [row["label"] for row in result["scores"]] == labels * 2
+    assert [mean["label"] for mean in result["means"]] == labels
+    assert [(row["label"], row["other"]) for row in result["paired"]] == [
+        (label, other) for label, keep in (("fastervlm(keep=0.25)", 0.25), ("fastervlm(keep=14)", 14)) for other in ("dense", *(
+            control for control in controls if control.endswith(f" {keep})")
+        ))
+    ]  # fmt: skip
+    assert yaml.safe_load((out / "config.yaml").read_text())["keeps"] == [0.25, 14]
+    # one scene, its picture and the budget nearest to a quarter
+    assert [row["title"] for row in result["overlays"]] == ["scene_color", "fastervlm(keep=0.25)", *(c for c in controls if "0.25" in c)]
+    assert all((out / row["file"]).read_bytes().startswith(b"\x89PNG") for row in result["overlays"])
+    shown = capsys.readouterr().out
+    assert "fastervlm(keep=0.25) − random_tokens (keep 0.25): " in shown
+    assert "scene_relation is left out of every table" in shown
+    assert "log-prob" not in shown
+    assert any("friendly case" in limit for limit in result["limits"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from tiny_llama import byte_tokenizer, save_tiny, tiny_model
 
 from accel.errors import AccelError, OptionError
-from accel.evals.models import embedded_names, embedded_recipe, gguf, load_model
+from accel.evals.models import LoadedVisionModel, embedded_names, embedded_recipe, gguf, load_model
+from accel.evals.models.small_vlm.load import WEIGHTS
 from accel.evals.models.smollm2 import load as smollm2
 from accel.evals.tasks._text import paragraphs
 from accel.recipe import Recipe
@@ -74,6 +76,23 @@ def test_a_model_that_cannot_be_found_says_where_it_was_looked_for(tmp_path: Pat
         load_model(str(tmp_path / "nothing"))
     with pytest.raises(AccelError, match=r"config\.json, weights and tokenizer"):
         load_model(str(tmp_path))
+
+
+def test_a_folder_with_a_vision_config_loads_with_its_processor() -> None:
+    loaded = load_model(str(WEIGHTS))
+    assert isinstance(loaded, LoadedVisionModel)
+    assert type(loaded.model).__name__ == "LlavaForConditionalGeneration"
+    assert loaded.reads == ("text", "picture")
+    assert loaded.processor.tokenizer is loaded.tokenizer
+    assert load_model("small-vlm").reads == ("picture",), "its words do for nothing else"
+
+
+def test_a_vision_model_without_processor_reads_text_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(WEIGHTS, tmp_path / "model", ignore=shutil.ignore_patterns("processor_config.json"))
+    with caplog.at_level(logging.WARNING, logger="accel"):
+        loaded = load_model(str(tmp_path / "model"))
+    assert loaded.reads == ("text",)
+    assert "reads no pictures" in caplog.text
 
 
 # --- the cache of de-quantised models -----------------------------------------------------------------------------------------

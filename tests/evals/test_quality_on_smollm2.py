@@ -11,7 +11,7 @@ import accel
 from accel.errors import AccelError
 from accel.evals.models import LoadedModel, load_model
 from accel.evals.scoring import Scored, score
-from accel.evals.tasks import Sample, load_task
+from accel.evals.tasks import Sample, load_text_task
 from accel.protocols import Method
 from accel.stats import Stats
 
@@ -34,7 +34,7 @@ def loaded() -> LoadedModel:
 
 
 def needle(loaded: LoadedModel, n_tokens: int, seed: int = 0) -> Sample:
-    [sample] = load_task("needle").samples(loaded.tokenizer, n_tokens, 1, seed)
+    [sample] = load_text_task("needle").samples(loaded.tokenizer, n_tokens, 1, seed)
     return sample
 
 

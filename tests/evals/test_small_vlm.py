@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from accel.evals.models import LoadedVisionModel
 from accel.evals.models.small_vlm import measure, training
 from accel.evals.models.small_vlm.architecture import TEXT_LAYERS, new_model, new_processor, prompt_text
-from accel.evals.models.small_vlm.load import WEIGHTS, LoadedVisionModel, load
+from accel.evals.models.small_vlm.load import WEIGHTS, load
 from accel.evals.scenes import FAMILIES, baselines, held_out, scene
 
 Image = pytest.importorskip("PIL.Image")

@@ -9,7 +9,8 @@ import pytest
 from tiny_llama import byte_tokenizer
 
 from accel.errors import OptionError, UnsupportedError
-from accel.evals.tasks import Sample, expand_names, load_task, task_names
+from accel.evals.scenes import FAMILIES
+from accel.evals.tasks import Sample, expand_names, load_task, load_text_task, task_names
 from accel.evals.tasks._prompts import encode_parts, insert
 from accel.evals.tasks._words import TOPICS
 
@@ -32,7 +33,7 @@ def chat_tokenizer() -> Any:
 
 
 def made(name: str, tokenizer: Any, n_tokens: int, *, n: int = 1, seed: int = 0) -> list[Sample]:
-    return load_task(name).samples(tokenizer, n_tokens, n, seed)
+    return load_text_task(name).samples(tokenizer, n_tokens, n, seed)
 
 
 def text_of(tokenizer: Any, sample: Sample, stop: int | None = None) -> str:
@@ -41,7 +42,7 @@ def text_of(tokenizer: Any, sample: Sample, stop: int | None = None) -> str:
 
 
 def test_tasks_are_the_files_of_the_folder() -> None:
-    assert set(task_names()) == {*FORCED, *CHAT}
+    assert {name for name in task_names() if load_task(name).kind == "text"} == {*FORCED, *CHAT}
 
 
 @pytest.mark.parametrize("n_tokens", LENGTHS)
@@ -236,7 +237,8 @@ def test_the_chain_of_variables_leads_to_the_answers(chat_tokenizer: Any) -> Non
 
 def test_groups_stand_for_their_members() -> None:
     assert expand_names(["ruler", "needle", "niah_single"]) == [*sorted(CHAT), "needle"]
-    assert expand_names(["all"]) == task_names()
+    assert expand_names(["all"]) == sorted([*FORCED, *CHAT])
+    assert expand_names(["scenes"]) == [f"scene_{family}" for family in sorted(FAMILIES)]
 
 
 def test_an_unknown_task_is_told_the_closest_one() -> None:

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.errors import AccelError
-from accel.evals.models import LoadedModel, prepared
+from accel.evals.models import LoadedVisionModel, prepared
+from accel.evals.models.small_vlm.architecture import prompt_text
 
 if TYPE_CHECKING:
     import torch
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
-
-
-@dataclass(frozen=True)
-class LoadedVisionModel(LoadedModel):
-    """A model that reads pictures too. processor(images=…, text=…) gives what its forward takes."""
-
-    processor: Any = None
 
 
 def load(dtype: torch.dtype, device: str) -> LoadedVisionModel:
@@ -31,7 +24,9 @@ def load(dtype: torch.dtype, device: str) -> LoadedVisionModel:
     model = LlavaForConditionalGeneration.from_pretrained(WEIGHTS, dtype=dtype, local_files_only=True)
     processor = load_processor()
     card = (HERE / "card.md").read_text(encoding="utf-8")
-    return LoadedVisionModel(prepared(model, dtype, device), processor.tokenizer, "small-vlm", card=card, processor=processor)
+    return LoadedVisionModel(
+        prepared(model, dtype, device), processor.tokenizer, "small-vlm", card=card, processor=processor, prompt_text=prompt_text, reads_text=False
+    )
 
 
 def load_processor() -> Any:

@@ -292,14 +292,27 @@ class VFlowOpt(TokenPruning):
 
     @classmethod
     def search_space(cls) -> Mapping[str, Uniform | Choice]:
-        """The paper's ranges (§4.7); r1_factor is r1 over keep. The side of a cell is bounded for grids of up to 24 × 24."""
+        """The paper's ranges (§4.7); r1_factor is r1 over keep. The side of a cell is bounded for grids of up to 24 × 24.
+
+        The paper's box holds points at which even r3 = 1 falls short of `keep`. They are cut off: every point spends the same budget.
+        """
         return {
             "r1_factor": Uniform(1.0, 1.5),
-            "r2": Uniform(0.533, 1.0),
+            "r2": Uniform(0.533, 1.0, floor=_lowest_r2),
             "hub_factor": Uniform(0.0, 50.0),
             "cell": Uniform(2.0, 24.0),
             "alpha": Uniform(-1.0, 1.0),
         }
+
+
+def _lowest_r2(options: Mapping[str, Any]) -> float:
+    """The lowest r2 from which r3 ≤ 1 can meet `keep`, whatever the number of layers."""
+    if options["r3"] is not None:
+        return 0.0
+    first = min(1.0, options["r1_factor"] * options["keep"]) if options["r1"] is None else options["r1"]
+    # the least part of the layers in front of the second stage: one of five
+    front = 0.2
+    return float((options["keep"] / first - front) / (1 - front))
 
 
 def grey_entropy(pixels: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ HOST_NOTES = {
     "pipelines": "tested with text-generation",
     "accelerate": "tested with cpu_offload; device maps over several GPUs untried",
     "autocast": "tested on CPU with bfloat16 and float16",
-    "vision-language models": "the text decoder only, where its mask is plain causal; the vision tower is never touched",
+    "vision-language models": "sparse attention: the text decoder, where its mask is plain causal. Token pruning: twelve families, with batches, "
+    "padding, beams, static cache, chunked prefill (from transformers 5.24 on), prompt lookup, second turns, labels; image encoders are watched",
     "CUDA": "untried: the Triton kernels are interpreted and compiled in tests, but no GPU has run them yet (scripts/gpu_check.sh)",
     "quantised weights": "bitsandbytes and torchao untried; attention sees ordinary tensors there",
     "FSDP, tensor parallel": "untried",

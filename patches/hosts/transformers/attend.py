@@ -112,7 +112,7 @@ def as_tokens(call: Call) -> tuple[Tensor, ContiguousKeys, Ragged] | None:
         start = torch.zeros(batch, dtype=torch.int64, device=device)
         end = start + (call.offset + length)
     else:
-        runs = runs_of(call.valid[:, : call.most_keys])
+        runs = _runs_once(call.valid, call.most_keys)
         if runs is None:
             return None
         start, end = runs
@@ -141,6 +141,17 @@ def _key_view(k: Tensor, v: Tensor, start: Tensor, length: Tensor) -> Contiguous
     except ValueError:
         # some caches return K and V in different or overlapping layouts
         return ContiguousKeys.from_cache(k.contiguous(), v.contiguous(), start=start, kv_len=length)
+
+
+def _runs_once(valid: Tensor, n: int) -> tuple[Tensor, Tensor] | None:
+    """`runs_of` the first n keys. The layers of a forward share the tensor, and only the first of them waits for the device."""
+    known: dict[int, tuple[Tensor, Tensor] | None] = valid.__dict__.setdefault(_RUNS, {})
+    if n not in known:
+        known[n] = runs_of(valid[:, :n])
+    return known[n]
+
+
+_RUNS = "_accel_runs"
 
 
 def runs_of(valid: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -109,11 +109,26 @@ def _where(query: Tensor, key: Tensor, mask: Any) -> tuple[Tensor | None, Tensor
             return mask.valid_keys(n), mask.q_offset, 0
         return mask.valid_keys(n), None, mask.q_offset
     if isinstance(mask, Tensor):
-        # (B, 1, 1, n): the one query is the last valid key
-        valid = mask[:, 0, 0]
-        last = (n - valid.flip(1).to(torch.int8).argmax(1)).amax() - 1
-        return valid.expand(query.shape[0], -1), last, 0
+        return (*decode_row(mask, query.shape[0]), 0)
     return None, None, n - length
+
+
+def decode_row(mask: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Valid keys (B, n) and the place of the one query, the last of them, out of a mask (B or 1, 1, 1, n). Computed once for all layers."""
+    # a caller may write the next step's key into the mask of the last one: only a tensor that counts its changes can be remembered by
+    can_remember = not (torch.compiler.is_compiling() or mask.is_inference())
+    version, known = getattr(mask, _ROW, (-1, None)) if can_remember else (-1, None)
+    if known is not None and version == mask._version:
+        return known       # type: ignore[no-any-return]
+    valid = mask[:, 0, 0]
+    last = (mask.shape[3] - valid.flip(1).to(torch.int8).argmax(1)).amax() - 1
+    found = (valid.expand(batch, -1), last)
+    if can_remember:
+        setattr(mask, _ROW, (mask._version, found))
+    return found
+
+
+_ROW = "_accel_row"     # on the mask itself, so that it lives as long
 
 
 def _run_original(

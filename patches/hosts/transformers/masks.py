@@ -72,6 +72,7 @@ class LazyMask:
         self._mask: Any = None
         self._is_unpadded: bool | None = None
         self._shortened: dict[Hashable, LazyMask] = {}
+        self._valid: dict[int, Tensor] = {}
 
     def contiguous(self) -> LazyMask:
         return self
@@ -111,12 +112,17 @@ class LazyMask:
         return short
 
     def valid_keys(self, kv_length: int) -> Tensor | None:
-        """Keys that are no padding, (B, kv_length) bool, or None where there are no others. Past the padding mask's end nothing is valid."""
+        """Keys that are no padding, (B, kv_length) bool, or None where there are no others. Past the padding mask's end nothing is valid.
+
+        All layers of a forward get the same tensor, so that what the first one reads from it need not be read again (`attend.runs_of`).
+        """
         if self.padding is None or self._has_ones_only(self.padding):
             return None
-        missing = kv_length - self.padding.shape[-1]
-        padding = self.padding[:, :kv_length]
-        return torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding
+        if kv_length not in self._valid:
+            missing = kv_length - self.padding.shape[-1]
+            padding = self.padding[:, :kv_length]
+            self._valid[kv_length] = torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding
+        return self._valid[kv_length]
 
     def _has_ones_only(self, padding: Tensor) -> bool:
         """Whether no key up to the last query is padding. Read once for all layers, each of which would wait for the device otherwise."""

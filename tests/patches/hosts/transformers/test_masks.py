@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.methods import EveryBlock
 from support import tiny_llama
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, causal_mask_function
 
 import accel
 from accel.patches.hosts.transformers import attend
 from accel.patches.hosts.transformers.attend import runs_of
+from accel.patches.hosts.transformers.dispatch import decode_row
 from accel.patches.hosts.transformers.masks import LazyMask, mask_function_for
 
 
@@ -99,6 +101,30 @@ def test_a_mask_of_ones_is_looked_at_once_and_not_by_every_layer(monkeypatch: py
         ones = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         assert torch.equal(ones, model(input_ids=ids).logits)
         assert handle.stats.total.sparse_calls == 6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+def test_padding_is_read_once_for_all_layers(how: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Size] = []
+    plain = attend.runs_of
+    monkeypatch.setattr(attend, "runs_of", lambda valid: (seen.append(valid.shape), plain(valid))[1])
+    model = tiny_llama()
+    with accel.apply(model, EveryBlock()) as handle:
+        model.generate(**padded_batch(), max_new_tokens=4, do_sample=False, **how)
+        assert handle.stats.total.sparse_calls == 4 * len(handle.patched_layers)
+    assert len(seen) == 4
+
+
+def test_a_mask_that_is_written_into_between_steps_is_read_again() -> None:
+    mask = torch.zeros(1, 1, 1, 6, dtype=torch.bool)
+    mask[..., :3] = True
+    assert int(decode_row(mask, 1)[1]) == 2
+    mask[..., 3] = True
+    valid, last = decode_row(mask, 1)
+    assert int(last) == 3
+    assert valid.tolist() == [[True] * 4 + [False] * 2]
+    assert decode_row(mask, 1)[0] is valid
 
 
 @pytest.mark.parametrize(

@@ -28,10 +28,13 @@ class FastV(TokenPruning):
         require_whole(self, "layer", 1)
 
     def supports(self, model: ModelInfo, host: str, others: Sequence[Method]) -> list[str]:
-        """Reasons why it cannot work on `model`: too few layers."""
+        """Reasons why it cannot work on `model`: too few layers, or one that does not see the whole prompt."""
         reasons = position_reasons(self, model)
         if self.layer >= model.n_layers:
             reasons.append(f"layer must be below the {model.n_layers} layers of {model.family}, got {self.layer}")
+        elif model.layer_types[self.layer - 1 : self.layer] not in ((), ("full_attention",)):
+            full = [i + 1 for i, kind in enumerate(model.layer_types[:-1]) if kind == "full_attention"]
+            reasons.append(f"layer {self.layer - 1}, whose attention would rank, sees a part of the prompt only; layer can be one of {full}")
         return reasons
 
     def stages(self, model: ModelInfo) -> list[Stage]:

@@ -295,11 +295,13 @@ class VFlowOpt(TokenPruning):
         """The paper's ranges (§4.7); r1_factor is r1 over keep. The side of a cell is bounded for grids of up to 24 × 24.
 
         The paper's box holds points at which even r3 = 1 falls short of `keep`. They are cut off: every point spends the same budget.
+        hub_factor is a ratio, so its range is logarithmic: in most models a few times the average already leaves a single hub, and 0.1 takes
+        nearly all patches.
         """
         return {
             "r1_factor": Uniform(1.0, 1.5),
             "r2": Uniform(0.533, 1.0, floor=_lowest_r2),
-            "hub_factor": Uniform(0.0, 50.0),
+            "hub_factor": Uniform(0.1, 50.0, is_log=True),
             "cell": Uniform(2.0, 24.0),
             "alpha": Uniform(-1.0, 1.0),
         }

@@ -112,7 +112,7 @@ def by_unit(model: Any, inputs: dict[str, Tensor], tower: Tower, maps: list[Tens
     for picture in family.pictures(model.model, "image", dict(bound.arguments), features):
         own = maps[first : first + len(picture.segments)]
         first += len(picture.segments)
-        tokens = picture.pooled(own)
+        tokens = picture.pooled(torch.cat(own))
         found += [tokens[(picture.unit == u) & ~picture.is_structural] for u in range(len(picture.units))]
     return found
 

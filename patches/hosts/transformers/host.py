@@ -149,11 +149,14 @@ def _refuse_unpatchable(base: nn.Module, decoder: nn.Module, modules: list[nn.Mo
             f"{type(base).__name__} does not use transformers' attention interface, so its attention cannot be replaced",
             [f"attention classes found: {', '.join(classes) or 'none'}"],
         )
+    names = list(getattr(getattr(base, "_accel_pruning", None), "names", []))
     for module in modules:
         slot = getattr(module, SLOT, None)
         if slot is not None and slot.key in LAYERS:
-            name = LAYERS[slot.key].method.method_name()
-            raise PatchError(f"this {type(base).__name__} is patched already, with {name}; call undo() on its handle first")
+            names.append(LAYERS[slot.key].method.method_name())
+            break
+    if names:
+        raise PatchError(f"this {type(base).__name__} is patched already, with {', '.join(names)}; call undo() on its handle first")
 
 
 def _unwrapped(model: Any) -> Any:
@@ -196,8 +199,12 @@ def _layer_type(text_config: Any, layer: int) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hash of the configuration and of a few values of every parameter: tells one set of weights from another, quickly."""
-    digest = hashlib.sha256(model.config.to_json_string().encode())  # type: ignore[union-attr, operator]
+    """Hash of the kind of model and of a few values of every parameter: tells one set of weights from another, quickly.
+
+    Values count in bf16 and the configuration not at all, which names the dtype and the version of transformers: the same weights give the same
+    hash in fp32, in bf16, and, but for weights with more digits than fp16 has, in fp16.
+    """
+    digest = hashlib.sha256(str(model.config.model_type).encode())  # type: ignore[union-attr]
     for name, p in model.named_parameters():
-        digest.update(f"{name}{tuple(p.shape)}{p.flatten()[:8].float().tolist()}".encode())
+        digest.update(f"{name}{tuple(p.shape)}{p.detach().flatten()[:8].bfloat16().tolist()}".encode())
     return digest.hexdigest()[:16]

@@ -29,10 +29,9 @@ class KeptKeys:
     key: Hashable
 
 
-def _by_number(rule: Callable[..., Any], q_index: Tensor, keys: KeptKeys) -> Callable[..., Any]:
+def _by_number(rule: Callable[..., Any], q_index: Tensor, kv_index: Tensor, offset: int | Tensor) -> Callable[..., Any]:
     """A rule about numbers of the whole sequence, as a rule about places in the shortened one."""
-    kv_index = keys.index().clamp_min(0)
-    q_index, offset = q_index.clamp_min(0), keys.offset
+    q_index, kv_index = q_index.clamp_min(0), kv_index.clamp_min(0)
 
     def asked_by_number(batch: Any, head: Any, q: Any, kv: Any) -> Any:
         return rule(batch, head, q_index[batch, q - offset], kv_index[batch, kv])
@@ -42,7 +41,8 @@ def _by_number(rule: Callable[..., Any], q_index: Tensor, keys: KeptKeys) -> Cal
 
 def shortened_tensor(mask: Tensor, rows: Tensor | None, index: Tensor) -> Tensor:
     """A finished mask (B or 1, heads or 1, L, n), boolean or additive, cut to `rows` (B, m) of its queries and `index` (B, n') of its keys."""
-    batch, heads = len(index), mask.shape[1]
+    batch, heads, index = len(index), mask.shape[1], index.to(mask.device)
+    rows = None if rows is None else rows.to(mask.device)
     mask = mask.expand(batch, -1, -1, -1)
     if rows is not None:
         mask = mask.gather(2, rows.clamp_min(0)[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
@@ -94,19 +94,21 @@ class LazyMask:
         if known is not None:
             return known
         valid = None
+        # on the device where masks are built: layers may lie on others
+        device = self.padding.device if self.padding is not None else self.arguments.get("device") or q_index.device
         if keys.has_holes or (self.padding is not None and not self._has_ones_only(self.padding)):
-            index = keys.index()
+            index = keys.index().to(device)
             valid = index >= 0
             if self.padding is not None:
                 width = self.padding.shape[-1]
                 valid &= self.padding.bool().expand(len(index), -1).gather(1, index.clamp(0, width - 1)) & (index < width)
-        sizes = {"q_length": q_index.shape[1], "kv_length": keys.length, "q_offset": keys.offset, "kv_offset": 0, "attention_mask": valid}
+        offset = keys.offset.to(device) if isinstance(keys.offset, Tensor) else keys.offset
+        sizes = {"q_length": q_index.shape[1], "kv_length": keys.length, "q_offset": offset, "kv_offset": 0, "attention_mask": valid}
         rule: dict[str, Any] = {}
         if not self.is_plain_causal:
-            rule = {
-                "mask_function": _by_number(self.arguments["mask_function"], q_index, keys), "allow_is_causal_skip": False,
-                "allow_is_bidirectional_skip": False, "local_size": None,
-            }  # fmt: skip
+            by_number = _by_number(self.arguments["mask_function"], q_index.to(device), keys.index().to(device), offset)
+            skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+            rule = {"mask_function": by_number, "local_size": None, **skips}
         short = LazyMask(self.original, {**self.arguments, **sizes, **rule, "batch_size": q_index.shape[0]})
         self._shortened[keys.key] = short
         return short

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,14 +15,17 @@ from accel.errors import UnsupportedError
 from accel.handle import Handle
 from accel.patches.hosts.transformers.dispatch import original_of, register
 from accel.patches.hosts.transformers.implementation import switch_implementation
-from accel.patches.hosts.transformers.pruning.bound import Hook, Loss, replace_method
+from accel.patches.hosts.transformers.pruning.bound import Hook, Loss, Mark, outside_graph, replace_method
 from accel.patches.hosts.transformers.pruning.decoder import Decoder
-from accel.patches.hosts.transformers.pruning.observe import encoder_maps, newest_row, watch
-from accel.patches.hosts.transformers.pruning.prompt import FRONT, Asked, Seen, ordered_stages
-from accel.patches.hosts.transformers.pruning.vision import Modality, Tower, VisionFamily, family_of
+from accel.patches.hosts.transformers.pruning.observe import newest_row, watch
+from accel.patches.hosts.transformers.pruning.prompt import FRONT, Asked, ordered_stages
+from accel.patches.hosts.transformers.pruning.recorder import Recorder
+from accel.patches.hosts.transformers.pruning.runtime import Generation, Source
+from accel.patches.hosts.transformers.pruning.vision import family_of
 from accel.protocols import ModelInfo, Observation, TokenPruning
 
 IGNORED = -100      # what losses skip among labels
+MARK = "_accel_pruning"
 
 
 def prune_tokens(
@@ -32,6 +36,9 @@ def prune_tokens(
     family = family_of(model.config)
     active = [m for m in methods if m.stages(info)]
     for method in active:
+        twice = [what for what, n in Counter(o.what for o in method.observe()).items() if n > 1]
+        if twice:
+            raise UnsupportedError(f"{method.method_name()} asks for {', '.join(twice)} more than once; a host records one of each")
         if method.position_mode == "compact" and info.has_multimodal_rope:
             raise UnsupportedError(f"{method.method_name()}: position_mode='compact' would break this model's positions, which have several axes")
     if not active:
@@ -46,106 +53,12 @@ def prune_tokens(
         original = original_of(config._attn_implementation) or config._attn_implementation
         switch_implementation(config, register(original), handle)
     front = Decoder(stages, token_ids, handle, n_layers=info.n_layers, original=original, is_compact=active[0].position_mode == "compact")
+    handle.set_attr(model, MARK, Mark([m.method_name() for m in active]))
     handle.on_pause(partial(setattr, front, "is_on"))
-    recorder = _Recorder(family, base, active, towers, front)
-    recorder.attach(handle)
+    Recorder(family, base, active, towers, front).attach(handle)
     _hook_model(model, base, front, handle)
     _hook_decoder(decoder, front, handle)
     _watch_rows(attentions, stages, active, front, handle)
-
-
-class _Recorder:
-    """Turns a call of `get_image_features` into `Seen` pictures, waiting for the prompt that they belong to."""
-
-    def __init__(self, family: VisionFamily, base: nn.Module, methods: Sequence[TokenPruning], towers: dict[Modality, Tower], front: Decoder) -> None:
-        self.family, self.base, self.towers, self.front = family, base, towers, front
-        self.wanted = [(i, m, o) for i, m in enumerate(methods) for o in m.observe() if o.what != "last_row"]
-
-    def attach(self, handle: Handle) -> None:
-        watched: set[tuple[int, int]] = set()
-        for tower in self.towers.values():
-            for layer in {self._layer(tower, o) for _, _, o in self.wanted if o.what != "pixel_map"}:
-                module = tower.attentions[layer]
-                if (id(module), layer) not in watched:
-                    watched.add((id(module), layer))
-                    watch(module, partial(self._see, tower, layer), handle)
-        for modality in self.towers:
-            name = f"get_{modality}_features"
-            if hasattr(self.base, name):
-                replace_method(self.base, name, partial(self._around, modality), handle)
-
-    def _layer(self, tower: Tower, observation: Observation) -> int:
-        layer = tower.scoring_layer if observation.layer is None else observation.layer
-        if not -len(tower.attentions) <= layer < len(tower.attentions):
-            raise UnsupportedError(f"the vision encoder has {len(tower.attentions)} layers, asked to score by layer {layer}")
-        return layer % len(tower.attentions)
-
-    def _see(self, tower: Tower, layer: int, q: Tensor, k: Tensor, mask: Any, scale: float, softcap: float | None) -> None:
-        recording: dict[Any, list[Tensor]] | None = self.front.runtime.recording
-        if recording is None:
-            return
-        here = [(i, m, o) for i, m, o in self.wanted if o.what != "pixel_map" and self._layer(tower, o) == layer]
-        with torch.no_grad():
-            maps = encoder_maps(q.detach(), k.detach(), mask, scale, prefix=tower.prefix, wanted=[(m, o) for _, m, o in here])
-        for (i, _, o), rows in zip(here, maps, strict=True):
-            recording.setdefault((i, o.what), []).extend(rows)
-
-    def _around(self, modality: Modality, original: Any, *args: Any, **kwargs: Any) -> Any:
-        runtime = self.front.runtime
-        if not self.front.is_on or runtime.recording is not None:
-            return original(*args, **kwargs)
-        runtime.recording = {}
-        try:
-            features = original(*args, **kwargs)
-            maps = runtime.recording
-        finally:
-            runtime.recording = None
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        bound.apply_defaults()
-        with torch.no_grad():
-            runtime.pending[modality] = self._pictures(modality, dict(bound.arguments), features, maps)
-        return features
-
-    def _pictures(self, modality: Modality, call: dict[str, Any], features: Any, maps: dict[tuple[int, str], list[Tensor]]) -> list[Seen]:
-        pictures = self.family.pictures(self.base, modality, call, features)
-        flat = self.family.flat_features(features).detach()
-        if sum(len(p) for p in pictures) != len(flat):
-            raise UnsupportedError(
-                f"accel expects {sum(len(p) for p in pictures)} visual tokens from these {modality}s, the model made {len(flat)}: "
-                f"its adapter ({type(self.family).__name__}) does not fit"
-            )
-        for i, method, o in self.wanted:
-            if o.what == "pixel_map":
-                maps[i, o.what] = [method.map_pixels(p) for p in self._grey(modality, call, o)]
-        found, token, segment = [], 0, 0
-        for picture in pictures:
-            part = slice(segment, segment + len(picture.segments))
-            own = {}
-            for key, rows in maps.items():
-                if tuple(len(r) for r in rows[part]) != picture.segments:
-                    raise UnsupportedError(
-                        f"the encoder attended in stretches of {[len(r) for r in rows]} patches, the adapter {type(self.family).__name__} expects "
-                        f"{[n for p in pictures for n in p.segments]}"
-                    )
-                own[key] = picture.pooled(rows[part])
-            found.append(Seen(picture, own, flat[token : token + len(picture)]))
-            token, segment = token + len(picture), segment + len(picture.segments)
-        return found
-
-    def _grey(self, modality: Modality, call: dict[str, Any], o: Observation) -> list[Tensor]:
-        """The pixels of each segment as they were before normalisation, (patches, pixels) uint8, mean of the colours."""
-        mean, std = (_per_colour(given, own) for given, own in ((o.pixel_mean, self.family.pixel_mean), (o.pixel_std, self.family.pixel_std)))
-        found = []
-        for patches in self.family.pixel_patches(self.base, modality, call):
-            raw = patches * std.to(patches.device) + mean.to(patches.device)
-            found.append((raw * 255).round().clamp(0, 255).mean(1).round().to(torch.uint8))
-        return found
-
-
-def _per_colour(given: float | tuple[float, ...] | None, own: tuple[float, ...]) -> Tensor:
-    """(colours, 1) fp32."""
-    values = own if given is None else given if isinstance(given, (tuple, list)) else (given,) * len(own)
-    return torch.tensor(values)[:, None]
 
 
 # --- hooks --------------------------------------------------------------------------------------------------------------------
@@ -156,26 +69,57 @@ def _hook_model(model: Any, base: nn.Module, front: Decoder, handle: Handle) -> 
     runtime = front.runtime
 
     def around_generate(original: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(original).bind_partial(*args, **kwargs)
-        ids = bound.arguments.get("inputs")
+        ids = inspect.signature(original).bind_partial(*args, **kwargs).arguments.get("inputs")
         ids = kwargs.get("input_ids") if ids is None else ids
-        mask = kwargs.get("attention_mask")
-        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > ids.shape[1]:
-            # only the new part of the prompt was passed
-            ids = torch.cat([ids.new_full((len(ids), mask.shape[1] - ids.shape[1]), -1), ids], 1)
-        before, runtime.ids = runtime.ids, ids if isinstance(ids, Tensor) and ids.dim() == 2 else None
+        before = runtime.generation, runtime.forward
+        source = Source.of(_with_columns_before(ids, kwargs.get("attention_mask")), kwargs.get("mm_encoder_outputs"))
+        runtime.generation, runtime.forward = Generation(source.ids, source.pictures, source.has_strangers), None
         try:
             return original(*args, **kwargs)
         finally:
-            runtime.ids, runtime.prompt, runtime.pending = before, None, {}
+            runtime.generation, runtime.forward = before
+            runtime.running = runtime.finished = None
 
-    def note_ids(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            runtime.here = kwargs.get("input_ids", args[0] if args and isinstance(args[0], Tensor) else None)
+    def begin_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        runtime.forward = Source.of(_ids_of(args, kwargs), kwargs.get("mm_encoder_outputs"))
 
-    def forget_ids(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            runtime.here = runtime.running = None
+    def end_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        runtime.forward = runtime.running = None
+        if not runtime.computes_loss:
+            runtime.finished = None
+
+    replace_method(model, "generate", around_generate, handle)
+    handle.on_undo(base.register_forward_pre_hook(Hook(_unless_step(begin_forward)), with_kwargs=True).remove)
+    handle.on_undo(base.register_forward_hook(Hook(_unless_step(end_forward)), with_kwargs=True, always_call=True).remove)
+    _hook_loss(model, front, handle)
+
+
+def _unless_step(hook: Any) -> Any:
+    """The hook, run outside the graph where a compiler traces, and not at all in a compiled decoding step, which must stay one graph."""
+
+    def run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
+        if torch.compiler.is_compiling() and (ids := _ids_of(args, kwargs)) is not None and ids.shape[1] == 1:
+            return
+        outside_graph(hook, module, args, kwargs, *output)
+
+    return run
+
+
+def _ids_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    found = kwargs.get("input_ids", args[0] if args else None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _with_columns_before(ids: Any, mask: Any) -> Any:
+    """The ids of the whole prompt, −1 where only its new part was passed and the mask tells of more."""
+    if isinstance(ids, Tensor) and ids.dim() == 2 and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > ids.shape[1]:
+        return torch.cat([ids.new_full((len(ids), mask.shape[1] - ids.shape[1]), -1), ids], 1)
+    return ids
+
+
+def _hook_loss(model: Any, front: Decoder, handle: Handle) -> None:
+    """Has labels lose the columns that the logits have lost."""
+    runtime = front.runtime
 
     def trimmed_loss(original: Any, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
         finished = runtime.finished
@@ -189,22 +133,34 @@ def _hook_model(model: Any, base: nn.Module, front: Decoder, handle: Handle) -> 
         is_ignored = is_hole | nn.functional.pad(is_hole, (1, 0))[:, :-1]
         return original(logits, labels.gather(1, index.clamp_min(0)).masked_fill(is_ignored, IGNORED), *args, **kwargs)
 
-    def refuse_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        runtime.computes_loss, runtime.finished = True, None
+        is_asked = kwargs.get("labels") is not None or isinstance(kwargs.get("logits_to_keep"), Tensor)
+        if not (front.is_on and is_asked and front.has_placeholders(_ids_of(args, kwargs))):
+            return
         inside = {asked.method.method_name() for asked in front.stages if asked.layer > FRONT}
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if front.is_on and inside and kwargs.get("labels") is not None and front.has_placeholders(ids):
+        if inside and kwargs.get("labels") is not None:
             raise UnsupportedError("labels cannot be used while visual tokens leave inside the language model", sorted(inside))
+        if isinstance(kwargs.get("logits_to_keep"), Tensor):
+            raise UnsupportedError("logits_to_keep as a tensor names columns that visual tokens may have left; pass a number, or 0 for all")
 
-    def forget(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            runtime.finished = None
+    def end(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        runtime.computes_loss, runtime.finished = False, None
 
-    replace_method(model, "generate", around_generate, handle)
-    handle.set_attr(model, "_loss_function", Loss(model.loss_function, trimmed_loss))
-    handle.on_undo(model.register_forward_pre_hook(Hook(refuse_labels), with_kwargs=True).remove)
-    handle.on_undo(model.register_forward_hook(Hook(forget), with_kwargs=True, always_call=True).remove)
-    handle.on_undo(base.register_forward_pre_hook(Hook(note_ids), with_kwargs=True).remove)
-    handle.on_undo(base.register_forward_hook(Hook(forget_ids), with_kwargs=True, always_call=True).remove)
+    had, before = "_loss_function" in vars(model), vars(model).get("_loss_function")
+    ours = model._loss_function = Loss(model.loss_function, trimmed_loss)
+
+    def restore() -> None:
+        # a loss that somebody set meanwhile stays
+        if vars(model).get("_loss_function") is ours:
+            if had:
+                model._loss_function = before
+            else:
+                del model._loss_function
+
+    handle.on_undo(restore)
+    handle.on_undo(model.register_forward_pre_hook(Hook(_unless_step(begin)), with_kwargs=True).remove)
+    handle.on_undo(model.register_forward_hook(Hook(_unless_step(end)), with_kwargs=True, always_call=True).remove)
 
 
 def _hook_decoder(decoder: nn.Module, front: Decoder, handle: Handle) -> None:
@@ -227,15 +183,19 @@ def _watch_rows(attentions: list[nn.Module], stages: Sequence[Asked], methods: S
     for module in attentions:
         layer: Any = module.layer_idx
         if layer in by_layer:
-            watch(module, partial(_see_row, front, by_layer[layer], getattr(module, "sliding_window", None)), handle)
+            watch(module, partial(_see_row, front, by_layer[layer]), handle)
 
 
 def _see_row(
-    front: Decoder, wanted: list[tuple[int, Observation]], window: int | None, q: Tensor, k: Tensor, mask: Any, scale: float, softcap: float | None
+    front: Decoder, wanted: list[tuple[int, Observation]], q: Tensor, k: Tensor, mask: Any, scale: float, softcap: float | None
 ) -> None:
     running = front.runtime.running
     if running is None:
         return
+    newest = running.newest
+    if running.index is not None:
+        # their places among the tokens that reach this layer
+        newest = (running.index == newest[:, None]).long().argmax(1)
     for i, o in wanted:
         with torch.no_grad():
-            running.observed[i] = newest_row(q.detach(), k.detach(), mask, scale, softcap, observation=o, window=window)
+            running.observed[i] = newest_row(q.detach(), k.detach(), mask, scale, softcap, row=newest.to(q.device), observation=o)

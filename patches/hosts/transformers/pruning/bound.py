@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+import torch
 
 from accel.handle import Handle
 
@@ -24,7 +27,7 @@ class Replaced:
         self.__signature__ = inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.around(self.original, *args, **kwargs)
+        return outside_graph(partial(self.around, self.original, *args, **kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # the copy of the owner is in the making and already in the memo
@@ -32,6 +35,14 @@ class Replaced:
 
     def __reduce__(self) -> Any:
         return getattr, (self.owner, self.name)
+
+
+def outside_graph(call: Callable[..., Any], *args: Any) -> Any:
+    """Runs `call` eagerly, also while a compiler traces."""
+    if not torch.compiler.is_compiling():
+        return call(*args)
+    disable: Any = torch.compiler.disable
+    return disable(call)(*args)
 
 
 def replace_method(owner: Any, name: str, around: Callable[..., Any], handle: Handle) -> None:
@@ -62,7 +73,7 @@ class Loss:
         self.original, self.around = original, around
 
     def __call__(self, logits: Any, labels: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.around(self.original, logits, labels, *args, **kwargs)
+        return outside_graph(partial(self.around, self.original, logits, labels, *args, **kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return self.original
@@ -73,3 +84,16 @@ class Loss:
 
 def _itself(thing: Any) -> Any:
     return thing
+
+
+class Mark:
+    """On a model that methods (names) are in; copies carry none."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
+        return Mark([])
+
+    def __reduce__(self) -> tuple[type[Mark], tuple[list[str]]]:
+        return Mark, ([],)

@@ -127,13 +127,13 @@ class LogicalLayer(_Armed, DynamicLayer):   # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         # older releases pass the length that is to be left
         n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        n = min(n, self.seen)
         if self.is_initialized and n:
-            if n > self.n_tail and self.index is not None:
-                whole = self.whole_index(len(self.index))
-                if not torch.equal(whole[:, -n:], torch.arange(self.seen - n, self.seen, device=whole.device).expand(len(whole), -1)):
-                    raise UnsupportedError(f"cannot take {n} tokens off this cache: dropped visual tokens are among them")
-                self.index = whole[:, :-n]
-            self.keys, self.values = self.keys[:, :, :-n], self.values[:, :, :-n]
+            n_entries = self.n_entries - n
+            if self.index is not None and n > self.n_tail:
+                self.index, n_entries = _before(self.whole_index(len(self.index)), self.seen - n)
+                self.has_holes |= bool((self.index < 0).any())
+            self.keys, self.values = self.keys[:, :, :n_entries], self.values[:, :, :n_entries]
             self.seen -= n
         if self.window is not None and self.is_initialized:
             self._forget(self.window - 1)
@@ -158,7 +158,7 @@ class LogicalLayer(_Armed, DynamicLayer):   # type: ignore[misc]
     def _rows(self, change: Any) -> None:
         if self.is_initialized:
             self.keys, self.values = change(self.keys), change(self.values)
-            self.index = None if self.index is None else change(self.index)
+            self.index, self.n_gone = (None if t is None else change(t) for t in (self.index, self.n_gone))
 
 
 class StaticLogicalLayer(_Armed, StaticLayer):      # type: ignore[misc]
@@ -203,12 +203,30 @@ class StaticLogicalLayer(_Armed, StaticLayer):      # type: ignore[misc]
             self.index.fill_(-1)
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise UnsupportedError("a pruned static cache cannot be shortened; use the dynamic cache for assisted decoding")
+        n = -tokens_to_remove if tokens_to_remove <= 0 else max(0, int(self.seen) - tokens_to_remove)
+        if self.index is None or not n:
+            return
+        left = max(0, int(self.seen) - n)
+        _, n_entries = _before(self.index[:, : int(self.cumulative_length)], left)
+        self.index.masked_fill_(self.index >= left, -1)
+        self.index[:, n_entries:] = -1
+        self.cumulative_length.fill_(n_entries)
+        self.seen.fill_(left)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         if self.index is not None:
             self.index.copy_(self.index.index_select(0, beam_idx.to(self.index.device)))
+        if self.n_gone is not None:
+            self.n_gone = self.n_gone.index_select(0, beam_idx.to(self.n_gone.device))
+
+
+def _before(index: Tensor, seen: int) -> tuple[Tensor, int]:
+    """The entries of `index` (B, n) with numbers below `seen`, cut behind the last of any sequence, and how many are left; the others are holes."""
+    is_left = (index >= 0) & (index < seen)
+    places = torch.arange(1, index.shape[1] + 1, device=index.device)
+    n = int((is_left * places).max()) if index.numel() else 0
+    return index.masked_fill(~is_left, -1)[:, :n], n
 
 
 _SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer, LogicalLayer, StaticLogicalLayer)

@@ -6,8 +6,7 @@ share of them. The whole prompt stays whole outside: ids, cache lengths and what
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ from accel.errors import UnsupportedError
 from accel.handle import Handle
 from accel.patches.hosts.transformers.applicability import HARMLESS
 from accel.patches.hosts.transformers.masks import KeptKeys, LazyMask, shortened_tensor
+from accel.patches.hosts.transformers.pruning.bound import outside_graph
 from accel.patches.hosts.transformers.pruning.cache import LogicalLayer, StaticLogicalLayer, Survivors, logical_layer, why_unsupported
 from accel.patches.hosts.transformers.pruning.passes import Pass, begin_pass, drop, share_of, with_merged
 from accel.patches.hosts.transformers.pruning.positions import compacted, continued
-from accel.patches.hosts.transformers.pruning.prompt import Asked, Prompt, Seen, plan_ahead, visual_tokens
+from accel.patches.hosts.transformers.pruning.prompt import Asked, Prompt, plan_ahead, visual_tokens
+from accel.patches.hosts.transformers.pruning.runtime import Runtime, Source, pictures_for
 from accel.patches.hosts.transformers.pruning.vision import Modality
 
 _PER_TOKEN = ("position_embeddings", "position_ids")
@@ -49,20 +50,6 @@ def padding_of(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-class Runtime(threading.local):
-    """What a patched model is in the middle of, per thread."""
-
-    ids: Tensor | None = None                   # of the prompt that `generate` was given
-    here: Tensor | None = None                  # of the present forward
-    recording: Any = None                       # the encoder call that runs
-
-    def __init__(self) -> None:
-        self.pending: dict[Modality, list[Seen]] = {}
-        self.prompt: Prompt | None = None
-        self.running: Pass | None = None
-        self.finished: Pass | None = None       # until the loss has been computed
-
-
 class Decoder:
     """The hooks of one patched model. stages: in the order in which tokens meet them."""
 
@@ -84,29 +71,22 @@ class Decoder:
         if torch.compiler.is_compiling():
             # a decoding step drops nothing; a prompt is planned outside the graph
             if embeds is None or embeds.shape[1] > 1:
-                return _outside_graph(self._before_decoder, args, kwargs)
+                return outside_graph(self._before_decoder, module, args, kwargs)
             return self._go_on(args, kwargs)
-        return self._before_decoder(args, kwargs)
+        return self._before_decoder(module, args, kwargs)
 
-    def _before_decoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        embeds = kwargs.get("inputs_embeds")
-        runtime = self.runtime
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        runtime, embeds, cache = self.runtime, kwargs.get("inputs_embeds"), cache_of(kwargs)
         runtime.running = None
-        if runtime.pending:
-            self._begin(embeds, cache_of(kwargs))
-        prompt = runtime.prompt
-        if prompt is None:
+        prompt = None if embeds is None or runtime.forward is None else self._prompt(runtime.forward, embeds, cache)
+        if prompt is None or not prompt.cuts:
             return self._go_on(args, kwargs)
-        cache = cache_of(kwargs)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        assert embeds is not None
-        if not prompt.start <= past < prompt.n_columns or past + embeds.shape[1] > prompt.n_columns:
-            # somebody went on with another prompt
-            runtime.prompt = None
-            return self._go_on(args, kwargs)
+        assert embeds is not None       # or there would be no prompt
         if cache is not None and (reason := why_unsupported(cache)) is not None:
             raise UnsupportedError(f"visual tokens cannot be dropped on {reason}; use DynamicCache or StaticCache")
-        running = runtime.running = begin_pass(prompt, past, embeds.shape[1], padding_of(kwargs.get("attention_mask")))
+        if _recomputes_hooks(module):
+            raise UnsupportedError("this release of transformers runs hooks again inside its gradient checkpoints; turn those off, or update it")
+        running = runtime.running = begin_pass(prompt, prompt.done, embeds.shape[1], padding_of(kwargs.get("attention_mask")))
         kwargs = with_merged(running, kwargs)
         return args, compacted(running, cache, kwargs) if self.is_compact else kwargs
 
@@ -115,39 +95,65 @@ class Decoder:
         found = continued(cache_of(kwargs), kwargs) if self.is_compact else None
         return None if found is None else (args, found)
 
-    def _begin(self, embeds: Tensor | None, cache: Any) -> None:
-        """Makes the prompt of the pictures that the encoder has just read."""
-        runtime = self.runtime
-        pictures, runtime.pending, runtime.prompt = runtime.pending, {}, None
-        here = runtime.here
-        if here is None or embeds is None:
-            raise UnsupportedError("accel finds visual tokens by their placeholders: pass input_ids, not inputs_embeds alone")
-        ids = here if runtime.ids is None else runtime.ids
-        if not self.has_placeholders(ids):
-            # somebody encoded pictures for a purpose of their own
-            return
+    def _prompt(self, forward: Source, embeds: Tensor, cache: Any) -> Prompt | None:
+        """The prompt that this pass is part of, planned if it is the first one; None where nothing is to be dropped."""
+        length = embeds.shape[1]
+        generation = self.runtime.generation
+        known = None if generation is None else generation.prompt
+        is_over = generation is None or not generation.pictures if known is None else known.done >= known.n_columns
+        if length == 1 and is_over and not forward.pictures and not forward.has_strangers:
+            # a decoding step; asking a cache on a GPU for its length would wait
+            return None
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if generation is None or not generation.brings(forward.ids, past, length):
+            if forward.ids is None and not forward.pictures:
+                self.handle.stats.tokens.skipped["embeddings without input_ids"] += len(embeds)
+            return self._planned(forward, forward, past, length)
+        assert generation.ids is not None
+        if known is not None and past == known.done < known.n_columns and past + length <= known.n_columns:
+            return known
+        if past >= generation.ids.shape[1]:
+            return None
+        owner = Source(generation.ids, forward.pictures or generation.pictures, generation.has_strangers)
+        generation.prompt = self._planned(owner, forward, past, length)
+        if known is not None and generation.prompt is not None:
+            # without a cache the prompt comes again with every step
+            generation.prompt.is_counted = False
+        return generation.prompt
+
+    def _planned(self, owner: Source, forward: Source, past: int, length: int) -> Prompt | None:
+        """The prompt from column `past` on. owner: whose ids and pictures; its ids may go beyond this pass, or start with it."""
+        if owner.ids is None:
+            if owner.pictures:
+                raise UnsupportedError("accel finds visual tokens by their placeholders: pass input_ids, not inputs_embeds alone")
+            return None
+        ids, here = owner.ids, owner.ids if forward.ids is None else forward.ids
         if len(ids) != len(here):
             ids = ids.repeat_interleave(len(here) // len(ids), dim=0)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        if past + here.shape[1] > ids.shape[1]:
-            # the prompt goes on behind what the cache holds, and only its new part was passed
+        n_asked = ids.shape[1]
+        if ids is here:
+            # no more than this pass was passed
+            ids, n_asked = torch.cat([ids.new_full((len(ids), past), -1), here], 1), past + n_asked
+        elif past + length > n_asked:
             ids = torch.cat([ids.new_full((len(ids), past), -1), here], 1)
         ids = ids.cpu().clone()
         ids[:, :past] = -1
+        if not self.has_placeholders(ids):
+            return None
+        pictures = pictures_for(owner)
+        if not pictures:
+            return None
         tokens = visual_tokens(ids, self.token_ids, pictures)
         n_copies = max(1, sum(len(row) for row in tokens.seen) // max(1, sum(len(p) for p in pictures.values())))
-        prompt = Prompt(tokens, ids, past, n_copies)
+        prompt = Prompt(tokens, ids, past, n_copies, n_asked, done=past)
         plan_ahead(prompt, self.stages, self.handle)
-        stats = self.handle.stats.tokens
-        stats.skipped["no picture"] += sum(not row for row in tokens.seen) // n_copies
-        if prompt.cuts:
-            runtime.prompt = prompt
         learned = [cut.asked.method.method_name() for cut in prompt.cuts if cut.asked is not None]
-        if learned and past + here.shape[1] < ids.shape[1]:
+        if learned and past + length < n_asked:
             raise UnsupportedError(
                 "a stage that looks at hidden states cannot choose among tokens of a later chunk: prefill in one piece, without prefill_chunk_size",
                 learned,
             )
+        return prompt
 
     def has_placeholders(self, ids: Tensor | None) -> bool:
         return ids is not None and any(bool((ids == token).any()) for token in self.token_ids.values())
@@ -160,7 +166,7 @@ class Decoder:
         hidden, rest, kwargs = _taken(args, kwargs)
         if torch.compiler.is_compiling():
             if hidden.shape[1] > 1:
-                return _outside_graph(self._before_layer, layer, hidden, rest, kwargs)
+                return outside_graph(self._before_layer, layer, hidden, rest, kwargs)
             return (hidden, *rest), self._decode(layer, hidden, kwargs)
         return self._before_layer(layer, hidden, rest, kwargs)
 
@@ -185,7 +191,7 @@ class Decoder:
         mask = kwargs.get("attention_mask")
         if isinstance(held, StaticLogicalLayer):
             # the entry of this very token is written after the mask is made
-            rows = torch.arange(length, device=hidden.device)
+            rows = torch.arange(length, device=held.device)
             assert held.index is not None
             numbers = held.seen + rows
             index = held.index.index_copy(1, held.cumulative_length + rows, numbers.expand(batch, -1))
@@ -193,7 +199,7 @@ class Decoder:
                 return {**kwargs, "attention_mask": shortened_tensor(mask, None, index)}
             keys = KeptKeys(lambda: index, index.shape[1], held.cumulative_length.clone(), True, ("static", held.history))
             return {**kwargs, "attention_mask": _short_mask(mask, None, numbers.expand(batch, -1), keys)}
-        q_index = torch.arange(held.seen, held.seen + length, device=hidden.device).expand(batch, -1)
+        q_index = torch.arange(held.seen, held.seen + length, device=held.device).expand(batch, -1)
         n = held.n_entries
         key = ("step", held.history, n, held.window)
         keys = KeptKeys(lambda: torch.cat([held.whole_index(batch), q_index], 1), n + length, n, held.has_holes, key)
@@ -232,7 +238,8 @@ class Decoder:
             offset = held.cumulative_length.to(device).clone()
             old = held.index if held.index is not None else torch.full((len(coming), held.max_cache_len), -1, dtype=torch.int64, device=device)
             index = old.index_copy(1, offset + torch.arange(m, device=device), coming)
-            return KeptKeys(lambda: index, index.shape[1], offset, has_holes, ("static", held.history, survivors.number))
+            # slots that are not written yet are holes too
+            return KeptKeys(lambda: index, index.shape[1], offset, True, ("static", held.history, survivors.number))
         n = held.n_entries
         whole = None if n == 0 else held.whole_index(len(coming)).to(device)
         key = ("pass", held.history, survivors.number, n, held.window)
@@ -242,20 +249,26 @@ class Decoder:
 
     def after_decoder(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Counts a prompt whose last pass is through, and forgets it."""
-        if torch.compiler.is_compiling():
-            return
+        embeds = kwargs.get("inputs_embeds")
+        # a compiled decoding step was no pass of a prompt
+        if not torch.compiler.is_compiling() or embeds is None or embeds.shape[1] > 1:
+            outside_graph(self._after_decoder)
+
+    def _after_decoder(self) -> None:
         running, self.runtime.running = self.runtime.running, None
         self.runtime.finished = running
-        if running is None or not running.is_last:
+        if running is None:
             return
-        self.runtime.prompt = None
-        self._count(running)
+        running.prompt.done = running.past + running.length
+        if running.is_last and running.prompt.is_counted:
+            self._count(running)
 
     def _count(self, running: Pass) -> None:
         prompt, stats = running.prompt, self.handle.stats.tokens
         tokens, n = prompt.tokens, prompt.n_copies
         patches, structural = int(tokens.is_visual.sum()) // n, int(tokens.is_structural.sum()) // n
         stats.prompts += sum(bool(row) for row in tokens.seen) // n
+        stats.skipped["no picture"] += sum(not row for row in tokens.seen) // n
         stats.patches += patches
         stats.structural += structural
         left, last, total = tokens.exists, 0, 0
@@ -280,10 +293,11 @@ class Decoder:
         return original(hidden, mask, features[ranks[mask].to(features.device)])
 
 
-def _outside_graph(call: Callable[..., Any], *args: Any) -> Any:
-    """Runs `call` eagerly while a compiler traces."""
-    disable: Any = torch.compiler.disable
-    return disable(call)(*args)
+def _recomputes_hooks(decoder: nn.Module) -> bool:
+    """Whether layers are checkpointed together with the hooks in front of them: transformers before 5.2x wrapped `__call__`, not `forward`."""
+    layer: Any = next(iter(decoder.layers))     # type: ignore[arg-type]
+    is_checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    return bool(is_checkpointed and any("__call__" in vars(cls) for cls in type(layer).__mro__ if cls.__name__ == "GradientCheckpointingLayer"))
 
 
 def _taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

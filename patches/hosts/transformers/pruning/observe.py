@@ -16,6 +16,7 @@ from accel.handle import Handle
 from accel.kernels.probe.api import attention_row, mean_attention
 from accel.patches.hosts.transformers.layers import call_original, original_attention
 from accel.patches.hosts.transformers.masks import LazyMask
+from accel.patches.hosts.transformers.pruning.bound import outside_graph
 from accel.protocols import Observation, TokenPruning
 
 WATCHER = "_accel_watcher"
@@ -59,9 +60,10 @@ def _register(inner: str) -> str:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kwargs: Any
         ) -> tuple[Tensor, Tensor | None]:
             watcher: Watcher | None = getattr(module, WATCHER, None)
-            if watcher is not None and watcher.see is not None and not torch.compiler.is_compiling():
+            if watcher is not None and watcher.see is not None:
                 scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-                watcher.see(query, key, attention_mask, scale, kwargs.get("softcap"))
+                if query.shape[2] > 1 or not torch.compiler.is_compiling():
+                    outside_graph(watcher.see, query, key, attention_mask, scale, kwargs.get("softcap"))
             function = original_attention(module, inner)
             assert function is not None     # `watch` asked
             return call_original(function, module, query, key, value, attention_mask, scaling=scaling, kwargs=kwargs)
@@ -119,17 +121,19 @@ def _bidirectional_key_mask(mask: Any, batch: int, n: int) -> Tensor | None:
     raise UnsupportedError(f"the vision encoder's attention mask is a {type(mask).__name__}, of which accel cannot tell what it hides")
 
 
-def newest_row(q: Tensor, k: Tensor, mask: Any, scale: float, softcap: float | None, *, observation: Observation, window: int | None) -> Tensor:
-    """The attention of the last query over the keys that this pass brought, (B, L) fp32. q (B, Hq, L, d), k (B, Hkv, n, d)."""
+def newest_row(
+    q: Tensor, k: Tensor, mask: Any, scale: float, softcap: float | None, *, row: Tensor, observation: Observation
+) -> Tensor:
+    """The attention of query `row` (B,) of each sequence over the keys that this pass brought, (B, L) fp32. q (B, Hq, L, d), k (B, Hkv, n, d)."""
     n, length = k.shape[2], q.shape[2]
-    key_mask = mask.valid_keys(n) if isinstance(mask, LazyMask) else None
     if isinstance(mask, LazyMask) and isinstance(mask.q_offset, Tensor):
         # a static cache holds keys that do not exist yet
         n = int(mask.q_offset) + length
-        k, key_mask = k[:, :, :n], None if key_mask is None else key_mask[:, :n]
-    if window is not None and n > window:
-        near = torch.arange(n, device=q.device) >= n - window
-        key_mask = near.expand(len(q), -1) if key_mask is None else key_mask.bool() & near
-    key_mask = None if key_mask is None else key_mask.bool()
-    found = attention_row(q, k, -1, scale=scale, is_causal=True, key_mask=key_mask, softcap=softcap, heads=observation.head_reduce)
+        k = k[:, :, :n]
+    key_mask = mask.valid_keys(n) if isinstance(mask, LazyMask) else None
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        seen = mask[:, 0].expand(len(q), -1, -1)[torch.arange(len(q), device=mask.device), row.to(mask.device)][:, :n]
+        key_mask = seen if seen.dtype == torch.bool else seen == 0
+    key_mask = None if key_mask is None else key_mask.bool().to(q.device)
+    found = attention_row(q, k, row, scale=scale, is_causal=True, key_mask=key_mask, softcap=softcap, heads=observation.head_reduce)
     return found[:, n - length :]

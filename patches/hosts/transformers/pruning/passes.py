@@ -12,16 +12,17 @@ from torch import Tensor
 from accel.errors import UnsupportedError
 from accel.handle import Handle
 from accel.patches.hosts.transformers.pruning.cache import Survivors
-from accel.patches.hosts.transformers.pruning.prompt import Asked, Cut, Prompt, kept_tokens, remember_scores, report
-from accel.protocols import Keep, Merge, PruningContext
+from accel.patches.hosts.transformers.pruning.prompt import Asked, Cut, Prompt, kept_tokens, merged_rows, remember_scores, report
+from accel.protocols import Keep, PruningContext
 
 
 @dataclass
 class Pass:
     """One forward pass of the decoder in which tokens are dropped.
 
-    stays: (B, q) bool, columns of this pass that stay whatever a method says (text without the padding in front). ordinal: (B, q) int64, the
-    visual token in each column, −1 for text. index: (B, m) int64, the columns that reach the present layer, −1 for holes; None while all do.
+    stays: (B, q) bool, columns of this pass that stay whatever a method says (text without the padding in front). is_real: (B, q) bool, no padding.
+    ordinal: (B, q) int64, the visual token in each column, −1 for text. index: (B, m) int64, the columns that reach the present layer, −1 for
+    holes; None while all do.
     hidden: (B, q) bool, columns that nobody may see any more.
     """
 
@@ -29,14 +30,16 @@ class Pass:
     past: int
     length: int
     stays: Tensor
+    is_real: Tensor
     ordinal: Tensor
+    newest: Tensor
     cuts: list[Cut]
     index: Tensor | None = None
     has_holes: bool = False
     survivors: Survivors | None = None
     hidden: Tensor | None = None
     n_cuts: int = 0
-    observed: dict[int, Tensor] = field(default_factory=dict)   # by stage, the last row
+    observed: dict[int, Tensor] = field(default_factory=dict)
     gathered: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @property
@@ -52,13 +55,18 @@ def begin_pass(prompt: Prompt, past: int, length: int, padding: Tensor | None) -
     """The pass over columns `past` … `past + length − 1` of the prompt, before anything is dropped. padding: (B, past + length), 0 for padding."""
     ordinal = prompt.ordinal(past, length)
     stays = ordinal < 0
+    is_real = torch.ones_like(stays)
     if padding is not None:
         # padding in front is left out altogether, padding behind keeps its place
-        is_real = padding[:, : past + length].bool().cpu().expand(len(stays), -1)
-        stays = stays & (is_real.cumsum(1) > 0)[:, past:]
-    found = Pass(prompt, past, length, stays, ordinal, list(prompt.cuts))
+        whole = padding[:, : past + length].bool().cpu().expand(len(stays), -1)
+        stays = stays & (whole.cumsum(1) > 0)[:, past:]
+        is_real = whole[:, past:].clone()
+    is_real[:, max(0, prompt.n_asked - past) :] = False
+    newest = (is_real * torch.arange(1, length + 1)).amax(1) - 1
+    found = Pass(prompt, past, length, stays, is_real, ordinal, newest.clamp_min(0), list(prompt.cuts))
     if found.is_last:
         # whatever a method says: the answer begins behind the last token
+        found.stays[torch.arange(len(newest)), found.newest] = True
         found.stays[:, -1] = True
     return found
 
@@ -82,7 +90,8 @@ def drop(running: Pass, cut: Cut, hidden: Tensor, kwargs: dict[str, Any], handle
         was_left[rows, running.index[rows, places]] = True
         is_left &= was_left
     count = is_left.sum(1)
-    most = int(count.max())
+    # of a chunk of nothing but dropped tokens a hole is left: layers cannot be given nothing
+    most = max(1, int(count.max()))
     # stable: the columns that are left come last, in order
     index = is_left.long().argsort(dim=1, stable=True)[:, is_left.shape[1] - most :]
     is_hole = torch.arange(most) < (most - count)[:, None]
@@ -90,6 +99,7 @@ def drop(running: Pass, cut: Cut, hidden: Tensor, kwargs: dict[str, Any], handle
     running.index = index.masked_fill(is_hole, -1)
     device = hidden.device
     hidden = hidden.gather(1, taken.to(device)[..., None].expand(-1, -1, hidden.shape[-1]))
+    running.observed = {number: row.gather(1, taken.to(row.device)) for number, row in running.observed.items()}
     numbers = (index + running.past).masked_fill(is_hole, -1)
     if running.hidden is not None:
         numbers = numbers.masked_fill(running.hidden.gather(1, index), -1)
@@ -116,8 +126,8 @@ def _ask(running: Pass, asked: Asked, hidden: Tensor, kwargs: dict[str, Any], ha
     scores = prompt.scores.get(asked.number)
     observed: dict[str, Tensor] = {o.what: tokens.observed(asked.number, o.what).to(device) for o in asked.method.observe() if o.what != "last_row"}
     if asked.number in running.observed:
-        observed["last_row"] = running.observed[asked.number]
-    text = exists & ~is_token & running.stays.gather(1, index.clamp_min(0))
+        observed["last_row"] = running.observed[asked.number].to(device)
+    text = exists & ~is_token & (running.stays & running.is_real).gather(1, index.clamp_min(0))
     positions = kwargs.get("position_ids")
     ctx = PruningContext(
         stage=asked.stage, units=tokens.units, features=hidden, is_visual=of(tokens.is_visual, False), is_structural=of(tokens.is_structural, False),
@@ -128,7 +138,7 @@ def _ask(running: Pass, asked: Asked, hidden: Tensor, kwargs: dict[str, Any], ha
     keep = asked.method.select(ctx)
     if keep is None:
         return None, hidden
-    hidden = hidden if keep.merge is None else merged_hidden(hidden, keep.merge)
+    hidden = hidden if keep.merge is None else merged_rows(hidden, keep.merge)
     return _answered(running, asked, keep, ordinal, index, handle), hidden
 
 
@@ -184,16 +194,17 @@ def share_of(value: Any, local: Tensor, *, is_table: bool) -> Any:
 def with_merged(running: Pass, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments with recycled rows in their anchors' places."""
     prompt = running.prompt
-    if prompt.merged is None or prompt.merge is None:
+    if not prompt.merges:
         return kwargs
-    rows, ordinals, vectors = prompt.merged
-    embeds = kwargs["inputs_embeds"].clone()
-    at = torch.full(prompt.tokens.exists.shape, -1)
+    assert prompt.features is not None      # the merges changed them
     b, column = (running.ordinal >= 0).nonzero(as_tuple=True)
-    at[b, running.ordinal[b, column]] = column
-    column = at.to(rows.device)[rows, ordinals]
-    is_here = column >= 0
-    embeds[rows[is_here].to(embeds.device), column[is_here].to(embeds.device)] = vectors[is_here].to(embeds)
+    ordinal = running.ordinal[b, column]
+    is_anchor = prompt.is_anchor[b, ordinal]
+    b, column, ordinal = b[is_anchor], column[is_anchor], ordinal[is_anchor]
+    embeds = kwargs["inputs_embeds"].clone()
+    device = prompt.features.device
+    vectors = prompt.features[b.to(device), ordinal.to(device)]
+    embeds[b.to(embeds.device), column.to(embeds.device)] = vectors.to(embeds)
     kwargs = {**kwargs, "inputs_embeds": embeds}
     if kwargs.get("deepstack_visual_embeds") is not None:
         kwargs["deepstack_visual_embeds"] = _merged_levels(running, kwargs["deepstack_visual_embeds"])
@@ -204,28 +215,12 @@ def _merged_levels(running: Pass, levels: Sequence[Tensor]) -> list[Tensor]:
     """Deepstack features with the same rows merged; each (visual tokens of the batch, D), sequence by sequence."""
     if not running.is_whole:
         raise UnsupportedError("recycled tokens and deepstack features need the prompt in one piece (no prefill_chunk_size)")
-    merge, exists = running.prompt.merge, running.prompt.tokens.exists
-    assert merge is not None
-    flat = (exists.flatten().cumsum(0) - 1).view_as(exists)
-    rows, entries = (merge.weight > 0).nonzero(as_tuple=True)
-    rows_cpu = rows.cpu()
-    anchor, source = (flat[rows_cpu, t[rows, entries].cpu()] for t in (merge.anchor, merge.source))
+    exists = running.prompt.tokens.exists
     found = []
     for level in levels:
-        sums = torch.zeros(level.shape, dtype=torch.float32, device=level.device)
-        weight = merge.weight[rows, entries].to(level.device)
-        sums.index_add_(0, anchor.to(level.device), weight[:, None] * level[source.to(level.device)].float())
-        is_anchor = torch.zeros(len(level), dtype=torch.bool).index_fill_(0, anchor, True).to(level.device)
-        found.append(torch.where(is_anchor[:, None], sums.to(level.dtype), level))
-    return found
-
-
-def merged_hidden(hidden: Tensor, merge: Merge) -> Tensor:
-    """Hidden states (B, m, D) with recycled rows in their anchors' places."""
-    rows, entries = (merge.weight > 0).nonzero(as_tuple=True)
-    anchor, source, weight = (t[rows, entries] for t in (merge.anchor, merge.source, merge.weight))
-    sums = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    sums.index_put_((rows, anchor), weight[:, None] * hidden[rows, source].float(), accumulate=True)
-    found = hidden.clone()
-    found[rows, anchor] = sums[rows, anchor].to(hidden.dtype)
+        whole = level.new_zeros(*exists.shape, level.shape[-1])
+        whole[exists.to(level.device)] = level
+        for merge in running.prompt.merges:
+            whole = merged_rows(whole, merge)
+        found.append(whole[exists.to(level.device)])
     return found

@@ -158,22 +158,36 @@ class Cut:
 class Prompt:
     """The pruning of one prompt, from the encoder to the last layer of its last chunk.
 
-    start: tokens that a cache held before it. n_columns: of the whole prompt, those of `start` included.
+    start: tokens that a cache held before it; done: columns that passes have brought. n_columns: of the whole prompt, those of `start` included, and
+    n_asked of them without the candidates of assisted decoding. features: (B, V, D), what reaches the language model, merged rows in their anchors'
+    places; only where a method saw or merged them.
     """
 
     tokens: VisualTokens
     ids: Tensor
     start: int
     n_copies: int
+    n_asked: int
+    done: int = 0
+    is_counted: bool = True     # whether its tokens count in the statistics
     cuts: list[Cut] = field(default_factory=list)
-    merged: tuple[Tensor, Tensor, Tensor] | None = None     # rows (A,), ordinals (A,) of anchors, vectors (A, D)
-    merge: Merge | None = None
+    features: Tensor | None = None
+    merges: list[Merge] = field(default_factory=list)
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
     scores: dict[int, Tensor] = field(default_factory=dict)     # by method, (B, V) fp32
 
     @property
     def n_columns(self) -> int:
         return self.ids.shape[1]
+
+    @property
+    def is_anchor(self) -> Tensor:
+        """(B, V) bool: tokens into which others were merged."""
+        found = torch.zeros_like(self.tokens.exists)
+        for merge in self.merges:
+            rows, entries = (merge.weight > 0).nonzero(as_tuple=True)
+            found[rows.cpu(), merge.anchor[rows, entries].cpu()] = True
+        return found
 
     def front(self) -> Tensor:
         """(B, V) bool: what reaches the language model."""
@@ -209,7 +223,8 @@ def plan_ahead(prompt: Prompt, stages: Sequence[Asked], handle: Handle) -> None:
         if keep.merge is not None:
             if asked.stage.layer is not None:
                 raise UnsupportedError(f"{asked.method.method_name()} merges tokens at a stage inside the language model that is asked ahead of it")
-            _merge_front(prompt, keep.merge, ctx.features)
+            prompt.features = merged_rows(ctx.features, keep.merge)
+            prompt.merges.append(keep.merge)
         if keep.hidden is not None:
             raise UnsupportedError(f"{asked.method.method_name()} hides tokens at a stage that is asked ahead of the language model")
         prompt.cuts.append(Cut(asked.layer, alive))
@@ -219,7 +234,9 @@ def plan_ahead(prompt: Prompt, stages: Sequence[Asked], handle: Handle) -> None:
 def _context_ahead(prompt: Prompt, asked: Asked, alive: Tensor) -> PruningContext:
     tokens, method = prompt.tokens, asked.method
     is_front = asked.stage.layer is None
-    features = tokens.features() if is_front else torch.zeros(*alive.shape, 0)
+    if is_front and prompt.features is None:
+        prompt.features = tokens.features()
+    features = prompt.features if is_front and prompt.features is not None else torch.zeros(*alive.shape, 0)
     device = features.device
     return PruningContext(
         stage=asked.stage, units=tokens.units, features=features,
@@ -256,17 +273,17 @@ def remember_scores(prompt: Prompt, asked: Asked, keep: Keep) -> None:
     prompt.scores[asked.number] = scores
 
 
-def _merge_front(prompt: Prompt, merge: Merge, features: Tensor) -> None:
-    """Computes the rows of the anchors, in fp32, from the features of all tokens, dropped ones included."""
-    rows, entries = (merge.weight > 0).nonzero(as_tuple=True)
-    anchor, source, weight = (t[rows, entries].to(features.device) for t in (merge.anchor, merge.source, merge.weight))
-    rows = rows.to(features.device)
-    width = features.shape[1]
-    slot, which = torch.unique(rows * width + anchor, return_inverse=True)
-    vectors = torch.zeros(len(slot), features.shape[2], device=features.device)
-    vectors.index_add_(0, which, weight[:, None].float() * features[rows, source].float())
-    prompt.merged = (slot // width, slot % width, vectors.to(features.dtype))
-    prompt.merge = merge
+def merged_rows(rows: Tensor, merge: Merge) -> Tensor:
+    """(B, n, D) with the anchors' rows replaced by their sources' weighted sums, added up in fp32."""
+    b, entries = (merge.weight > 0).nonzero(as_tuple=True)
+    anchor, source, weight = (t[b, entries].to(rows.device) for t in (merge.anchor, merge.source, merge.weight))
+    b = b.to(rows.device)
+    slot, which = torch.unique(b * rows.shape[1] + anchor, return_inverse=True)
+    sums = torch.zeros(len(slot), rows.shape[2], device=rows.device)
+    sums.index_add_(0, which, weight[:, None].float() * rows[b, source].float())
+    found = rows.clone()
+    found[slot // rows.shape[1], slot % rows.shape[1]] = sums.to(rows.dtype)
+    return found
 
 
 def report(prompt: Prompt, asked: Asked, alive: Tensor, merge: Merge | None, handle: Handle) -> None:

@@ -44,10 +44,9 @@ class Picture:
     def __len__(self) -> int:
         return len(self.unit)
 
-    def pooled(self, maps: Sequence[Tensor]) -> Tensor:
-        """(n,) fp32 on the CPU: the maps of its segments, each (patches,), brought to its tokens."""
-        flat = torch.cat([m.float().cpu() for m in maps])
-        return (flat[self.source] * self.weight).sum(-1)
+    def pooled(self, values: Tensor) -> Tensor:
+        """(n,) fp32: a map of the patches of all its segments, (patches,) on the CPU, brought to its tokens."""
+        return (values[self.source] * self.weight).sum(-1)
 
 
 def grid_picture(height: int, width: int, *, modality: Modality = "image", merge: int = 1) -> Picture:
@@ -146,6 +145,12 @@ class VisionFamily(ABC):
 
         call: its arguments by name, defaults filled in. features: what it returned.
         """
+
+    def why_unfit(self, base: nn.Module, call: Mapping[str, Any]) -> str | None:
+        """Why the scores would not belong to the features of this call, or None."""
+        own = getattr(base.config, "vision_feature_layer", None)
+        asked = call.get("vision_feature_layer")
+        return None if asked in (None, own) else f"their features come from layer {asked}, and layer {own} of the config is the one that is watched"
 
     def token_id(self, config: Any, modality: Modality) -> int | None:
         """The placeholder that stands for one token of this kind."""

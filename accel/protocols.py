@@ -40,12 +40,17 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Uniform:
-    """A number to be tuned, between `low` and `high`."""
+    """A number to be tuned, between `low` and `high`.
+
+    floor: raises `low` where options depend on each other: floor(all options of the method, those to be searched before this one as they
+    were chosen) → the lowest value that makes sense beside them. Searches stretch what is left over the whole range, so that no trial is lost.
+    """
 
     low: float
     high: float
     is_log: bool = False
     is_integer: bool = False
+    floor: Callable[[Mapping[str, Any]], float] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,31 @@ class Choice:
 
 @dataclass(frozen=True)
 class Objective:
-    """What `accel tune` optimises: `score(method, model, data)` → the value, larger is better unless `minimize`."""
+    """What `accel tune` optimises: `score(method, model, data)` → the value, larger is better unless `minimize`.
+
+    prepare: `prepare(loaded, data, seed)` → what `score` is given as `data`, made once per search from an `accel.evals.models.LoadedModel` and what
+    the user named as data; its `str` tells different data apart. None: `score` is given what the user named.
+    """
 
     name: str
     score: Callable[[Method, Any, Any], float]
     minimize: bool = False
+    prepare: Callable[[Any, Any, int], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `accel tune` makes for a method beyond its options, from data: trained routers, profiles.
+
+    name: what is made, in a word. about: one line for people: what it reads and how long it takes.
+    run: `run(loaded, data, folder, fixed=…, seed=…, show_progress=…)` → the method with what was made, whose files it has left in `folder`, a
+    recipe among them. loaded: an `accel.evals.models.LoadedModel`; data: what the user named; fixed: the options given with the method's name.
+    The same call after a kill goes on.
+    """
+
+    name: str
+    about: str
+    run: Callable[..., Method]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +136,11 @@ class Method(ABC):
     def objectives(cls) -> Mapping[str, Objective]:
         """What `accel tune` may optimise for this method, beyond accuracy and latency."""
         return {}
+
+    @classmethod
+    def calibration(cls) -> Calibration | None:
+        """What `accel tune` makes for this method beyond its options; None where it needs nothing of the kind."""
+        return None
 
 
 # --- sparse attention ---------------------------------------------------------------------------------------------------------
@@ -376,6 +406,13 @@ class TokenPruning(Method):
     @abstractmethod
     def select(self, ctx: PruningContext) -> Keep | None:
         """The tokens that stay at this stage; None keeps all."""
+
+    @classmethod
+    def objectives(cls) -> Mapping[str, Objective]:
+        """How much of what the last token of a prompt knows survives (visual-token-pruning.md §4.7); it needs no answers."""
+        from accel.evals.information_flow import OBJECTIVE
+
+        return {OBJECTIVE.name: OBJECTIVE}
 
 
 # --- KV compression -----------------------------------------------------------------------------------------------------------

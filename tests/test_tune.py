@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from outsider import write_toy_package
 
-from accel import FlexPrefill, OptionError, Recipe, UnsupportedError, registry
+from accel import FlexPrefill, OptionError, Recipe, UnsupportedError, VFlowOpt, registry
 from accel.crossover import NEVER_TOKENS
-from accel.protocols import Objective
+from accel.protocols import Choice, ModelInfo, Objective, Uniform
 from accel.tune import TuneResult, objective_named, tunable_options, tune
 from accel.tune_crossover import LengthTimes, crossover_recipe, find_crossover, measure_crossover
 
@@ -96,6 +96,68 @@ def test_killed_search_goes_on_where_it_stopped(tmp_path: Path, toy: Path) -> No
     assert len(set(after)) == 10, "a resumed sampler does not draw its old numbers again"
 
 
+def test_search_is_the_same_for_the_same_seed_and_after_a_kill(tmp_path: Path) -> None:
+    def trials(folder: str, stops: list[int], seed: int = 0) -> list[Any]:
+        """The trials that ended, where the process dies in the middle of those numbers."""
+        dead: list[int] = []
+
+        def score(method: Any, model: Any, data: Any) -> float:
+            written.append(method)
+            if len(written) in stops and len(written) not in dead:
+                dead.append(len(written))
+                raise KeyboardInterrupt
+            return float(-((method.weight - 0.3) ** 2) - (method.mode != ("b", 1)))
+
+        written: list[Any] = []
+        arguments: Any = {"model": None, "data": None, "trials": 16, "folder": tmp_path / folder, "seed": seed, "show_progress": False}
+        for _ in range(len(stops) + 1):
+            try:
+                tune("toy", Objective("close", score), **arguments)
+            except KeyboardInterrupt:
+                continue
+        rows = json.loads((tmp_path / folder / "trials.json").read_text())["trials"]
+        return [(row["score"], row["options"]) for row in rows if row["state"] == "complete"]
+
+    whole = trials("whole", [])
+    assert len(whole) == 16
+    assert trials("again", []) == whole
+    assert trials("killed", [3, 12]) == whole, "in the spread part and in the learning part"
+    assert trials("other", [], seed=1)[1:] != whole[1:]
+
+
+def test_defaults_outside_the_space_are_still_the_first_trial_and_can_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls: Any = registry.method_class("toy")
+    monkeypatch.setattr(cls, "search_space", classmethod(lambda cls: {"weight": Uniform(0.0, 0.5), "mode": Choice((("b", 1),))}))
+    goal = Objective("large", lambda method, model, data: method.weight)
+    result = tune("toy", goal, model=None, data=None, trials=6, folder=tmp_path, show_progress=False)
+    assert (result.score, result.default_score, result.n_done) == (0.9, 0.9, 6)
+    assert result.best == registry.build("toy")
+    assert Recipe.load(result.recipe).methods == (result.best,)
+    first, *others = json.loads((tmp_path / "trials.json").read_text())["trials"]
+    assert first["options"] == {"weight": 0.9, "mode": ["a", 1]}
+    assert all(0 <= row["options"]["weight"] <= 0.5 for row in others)
+
+
+def test_an_option_with_a_floor_never_falls_below_it_and_no_trial_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cls: Any = registry.method_class("toy")
+    space = {"weight": Uniform(0.0, 1.0), "size": Uniform(0, 100, is_integer=True, floor=lambda options: 100 * options["weight"])}
+    monkeypatch.setattr(cls, "search_space", classmethod(lambda cls: space))
+    tried: list[Any] = []
+
+    def score(method: Any, model: Any, data: Any) -> float:
+        tried.append(method)
+        return float(-method.size)
+
+    result = tune("toy", Objective("small", score), model=None, data=None, trials=20, folder=tmp_path, show_progress=False)
+    assert tried[0] == registry.build("toy"), "weight 0.9 with size 4 lies below the floor: scored apart"
+    assert all(100 * method.weight - 0.5 <= method.size <= 100 for method in tried[1:])
+    assert result.n_done == 20
+    assert min(method.size for method in tried[1:]) < 20 < 80 < max(method.size for method in tried[1:])
+    assert result.best in tried
+    rows = json.loads((tmp_path / "trials.json").read_text())["trials"]
+    assert [row["options"]["size"] for row in rows[1:]] == [method.size for method in tried[1:]]
+
+
 def test_finished_search_is_not_run_again(tmp_path: Path) -> None:
     first = search(tmp_path / "run", 3)
     second = search(tmp_path / "run", 3)
@@ -129,6 +191,9 @@ def test_refused_options_count_as_failed_and_the_search_goes_on(tmp_path: Path) 
     assert result.n_done + result.n_failed == 20
     assert result.default_score is None
     assert 0 < result.score <= 0.5
+    tried = [str(trial["options"]) for trial in json.loads((tmp_path / "trials.json").read_text())["trials"]]
+    assert len(set(tried)) == 20, "a refused point is not tried again"
+    assert result.score > 0.4
     errors = {trial["error"] for trial in json.loads((tmp_path / "trials.json").read_text())["trials"]}
     assert errors == {None, "too large"}
 
@@ -160,8 +225,9 @@ def test_what_can_be_tuned_is_listed_for_people() -> None:
     ]  # fmt: skip
     with pytest.raises(OptionError, match="toy is tuned for one of: closeness; got 'speed'"):
         objective_named("toy", "speed")
-    with pytest.raises(OptionError, match="accel tune crossover"):
+    with pytest.raises(OptionError, match="dense has no objective to tune for; `accel tune crossover`"):
         objective_named("dense", None)
+    assert objective_named("vflowopt", None).name == objective_named("random_tokens", "information_flow").name == "information_flow"
 
 
 def test_method_with_nothing_to_tune_and_no_trials_are_refused(tmp_path: Path) -> None:
@@ -170,6 +236,39 @@ def test_method_with_nothing_to_tune_and_no_trials_are_refused(tmp_path: Path) -
         tune("dense", goal, model=None, data=None, trials=1, folder=tmp_path)
     with pytest.raises(OptionError, match="trials must be at least 1"):
         tune("toy", goal, model=None, data=None, trials=0, folder=tmp_path)
+
+
+# --- token pruning ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.1, 0.25, 0.5, 0.8, 1.0])
+def test_every_point_of_the_search_spends_the_same_budget(keep: float, tmp_path: Path) -> None:
+    models = [ModelInfo("any", n, 4, 4, 16, ("full_attention",) * n, "cpu", "float32", has_vision=True) for n in (4, 5, 8, 28, 32)]
+    tried: list[VFlowOpt] = []
+
+    def score(method: Any, model: Any, data: Any) -> float:
+        tried.append(method)
+        for info in models:
+            assert method.bind(info).average_share(info.n_layers) == pytest.approx(keep)
+        # pulls the search to the corner with the most tokens in front
+        return float(method.r1_factor + method.r2)
+
+    goal = Objective("budget", score)
+    result = tune("vflowopt", goal, model=None, data=None, trials=12, folder=tmp_path, fixed={"keep": keep, "alpha": 0.0}, show_progress=False)
+    assert (result.n_done, result.n_failed) == (12, 0)
+    assert tried[0] == VFlowOpt(keep=keep)
+    assert {method.alpha for method in tried} == {0.0}
+    assert len({method.r1_factor for method in tried}) > 5
+    assert keep > 0.8 or len({method.r2 for method in tried}) > 5
+
+
+def test_released_strategies_lie_in_the_space() -> None:
+    floor = VFlowOpt.search_space()["r2"].floor     # type: ignore[union-attr]
+    assert floor is not None
+    for keep in (0.5, 0.25, 0.1):
+        method = VFlowOpt.released(keep)
+        assert floor({**method.options(), "r3": None}) <= method.r2
+        assert floor(method.options()) == 0, "with r3 given the budget has no say"
 
 
 # --- crossover ----------------------------------------------------------------------------------------------------------------

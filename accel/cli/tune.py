@@ -1,9 +1,10 @@
-"""`accel tune`: the length from which a sparse method pays here (`crossover`), or a search over a method's options. Both write a recipe."""
+"""`accel tune`: the length from which a sparse method pays (`crossover`), a search over options, or making what a method needs. Writes a recipe."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from accel.errors import OptionError
 
 if TYPE_CHECKING:
     from accel.evals.models import LoadedModel
-    from accel.protocols import Method
+    from accel.protocols import Calibration, Method
 
 HELP = "calibration: from which length a method pays here, or its best options; writes a recipe"
 
@@ -27,22 +28,25 @@ DEFAULTS: dict[str, Any] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # no default here: a flag that was not given must not override the settings file
-    parser.add_argument("what", nargs="?", metavar="WHAT", help="crossover, or METHOD[:OPTION=VALUE,…] to search its other options")
+    parser.add_argument("what", nargs="?", metavar="WHAT", help="crossover, or METHOD[:OPTION=VALUE,…] to search its other options or train it")
     parser.add_argument("--model", help="an embedded model, a folder, or a hub id (default: smollm2)")
     parser.add_argument("--method", metavar="NAME[:OPTION=VALUE,…]", help="crossover: the sparse method (default: flexprefill)")
     parser.add_argument("--lengths", help="crossover: prompt lengths (default: 1k,2k,4k,8k)")
     parser.add_argument("--repeats", type=int, help="crossover: timed rounds over all variants in turn (default: 5)")
     parser.add_argument("--objective", help="search: what to optimise (default: the method's only objective)")
-    parser.add_argument("--data", help="search: the data the objective reads")
-    parser.add_argument("--trials", type=int, help="search: trials in all; the same call again goes on after a stop (default: 30)")
+    parser.add_argument("--data", help="for searches and training; for pruning: scenes, a folder of pictures, or a .jsonl with image, text (and answer)")
+    parser.add_argument("--trials", type=int, help="search: trials in all; the same call again goes on after a stop (default: 60)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
-    parser.add_argument("--seed", type=int, help="of the prompt or the search (default: 0)")
-    parser.add_argument("--out", help="crossover: the recipe file; search: the run folder (default: runs/tune-WHAT)")
+    parser.add_argument("--seed", type=int, help="of the prompt, the search or the training (default: 0)")
+    parser.add_argument("--out", help="crossover: the recipe file; otherwise: the run folder (default: runs/tune-WHAT)")
     parser.add_argument("--config", help="a YAML file with any of these settings; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
-    parser.epilog = "example:\n  accel tune crossover --model smollm2 --method flexprefill:min_budget=256 --lengths 1k,2k,4k,8k --out recipe.yaml"
+    parser.epilog = (
+        "examples:\n  accel tune crossover --model smollm2 --method flexprefill:min_budget=256 --lengths 1k,2k,4k,8k --out recipe.yaml\n"
+        "  accel tune vflowopt:keep=0.25 --model small-vlm --data scenes --trials 60\n  accel tune dyvte --model small-vlm --data scenes"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -61,7 +65,10 @@ def main(args: argparse.Namespace) -> int:
     method = parse_method(args.what)
     if settings["trials"] is None and settings["data"] is None and settings["objective"] is None:
         return _list_one(method.method_name())
-    return _search(method, settings)
+    calibration = type(method).calibration()
+    if calibration is not None and settings["trials"] is None and settings["objective"] is None:
+        return _calibrate(method, calibration, _given(args.what, method), settings)
+    return _search(method, _given(args.what, method), settings)
 
 
 def _list_all() -> int:
@@ -76,12 +83,14 @@ def _list_all() -> int:
 def _list_one(name: str) -> int:
     """The options of one method that can be searched, and what for."""
     from accel.registry import method_class
-    from accel.tune import tunable_options
+    from accel.tune import crossover_hint, tunable_options
 
-    options, objectives = tunable_options(name), list(method_class(name).objectives())
+    options, objectives, calibration = tunable_options(name), list(method_class(name).objectives()), method_class(name).calibration()
     print("\n".join([f"{name}: {'options to search' if options else 'nothing to search'}", *(f"  {line}" for line in options)]))
     if options:
-        print(f"  objectives: {', '.join(objectives) or 'none yet; `accel tune crossover` measures from which length a sparse method pays'}")
+        print(f"  objectives: {', '.join(objectives) or '; '.join(['none yet', *filter(None, [crossover_hint(name)])])}")
+    if calibration is not None:
+        print(f"  makes {calibration.about}")
     return 0
 
 
@@ -115,21 +124,43 @@ def _crossover(settings: Mapping[str, Any]) -> int:
     return 0
 
 
-def _search(method: Method, settings: Mapping[str, Any]) -> int:
+def _given(text: str, method: Method) -> dict[str, Any]:
+    """The options that stand in `vflowopt:keep=0.25,alpha=0`, also those that are given their default."""
+    names = re.findall(r"(?:^|,)\s*(\w+)\s*=", text.partition(":")[2])
+    return {name: value for name, value in method.options().items() if name in names}
+
+
+def _search(method: Method, given: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
     """Runs or resumes a search. Options given with the method's name stay as they are."""
     from accel.tune import objective_named, tune
 
-    name = method.method_name()
+    name, data = method.method_name(), settings["data"]
     objective = objective_named(name, settings["objective"])
     loaded = _load(settings)
-    about = {"model": loaded.name, "dtype": str(loaded.model.dtype), "data": str(settings["data"])}
+    about = {"model": loaded.name, "dtype": str(loaded.model.dtype), "data": str(data)}
+    if objective.prepare is not None:
+        data = objective.prepare(loaded, data, settings["seed"])
+        about["samples"] = str(data)
     result = tune(
-        name, objective, model=loaded.model, data=settings["data"], trials=settings["trials"] or 30, fixed=method.changed_options(), about=about,
-        seed=settings["seed"], folder=Path(settings["out"] or f"runs/tune-{name}"),
+        name, objective, model=loaded.model, data=data, trials=settings["trials"] or 60, fixed=given, about=about, seed=settings["seed"],
+        folder=Path(settings["out"] or f"runs/tune-{name}"),
     )  # fmt: skip
     default = "outside the search" if result.default_score is None else f"{result.default_score:.6g}"
     print(f"{objective.name}: {result.score:.6g} (defaults: {default}); {result.n_done} trials, {result.n_failed} failed")
     print(f"wrote {result.recipe}")
+    return 0
+
+
+def _calibrate(method: Method, calibration: Calibration, given: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+    """Makes what the method needs beyond its options, or goes on where that was stopped. Options given with the method's name stay as they are."""
+    from accel.recipe import Recipe
+
+    folder = Path(settings["out"] or f"runs/tune-{method.method_name()}")
+    loaded = _load(settings)
+    made = calibration.run(loaded, settings["data"], folder, fixed=given, seed=settings["seed"])
+    recipe = folder / "recipe.yaml"
+    print(Recipe.load(recipe).note)
+    print(f"wrote {recipe}, and beside it the {calibration.name} of {made.method_name()}")
     return 0
 
 
@@ -145,11 +176,11 @@ def _prompt(loaded: LoadedModel, n_tokens: int, seed: int) -> Any:
     """Ids (1, n_tokens) of real text, as `accel bench` uses it: what a method selects depends on it."""
     import torch
 
-    from accel.evals.tasks import load_task
+    from accel.evals.tasks import load_text_task
 
     if loaded.max_positions is not None and n_tokens > loaded.max_positions:
         raise OptionError(f"{loaded.name} has {loaded.max_positions} positions, asked for {n_tokens} tokens; pass --lengths up to that")
-    sample = load_task("needle").samples(loaded.tokenizer, n_tokens, 1, seed)[0]
+    sample = load_text_task("needle").samples(loaded.tokenizer, n_tokens, 1, seed)[0]
     return torch.tensor([sample.input_ids], device=loaded.model.device)
 
 

@@ -68,7 +68,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """The command line; options are added to the chosen sub-command only."""
     parser = argparse.ArgumentParser(
         prog="accel",
-        description="Sparse attention and visual-token pruning for Hugging Face models: in one call, reversible, and dense where sparse would be slower.",
+        description="Sparse attention and visual-token pruning for Hugging Face models: one call, reversible, dense where sparse would be slower.",
         epilog="accel COMMAND --help explains a command. Start with: accel demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

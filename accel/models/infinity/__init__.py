@@ -1,0 +1,14 @@
+"""Infinity: text-to-image next-scale generation. `Infinity.from_original(...)` loads the official files, `Infinity.from_pretrained(...)` our own."""
+
+from accel.models.cache import ScaleCache, Schedule
+from accel.models.errors import CheckpointError
+from accel.models.infinity.config import InfinityConfig
+from accel.models.infinity.model import Infinity, InfinityBlock
+from accel.models.infinity.schedules import SCHEDULES, SIZES, schedule_for
+from accel.models.infinity.text import TextEncoder, TextFeatures
+from accel.models.infinity.tokenizer import BitTokenizer
+
+__all__ = [
+    "SCHEDULES", "SIZES", "BitTokenizer", "CheckpointError", "Infinity", "InfinityBlock", "InfinityConfig", "ScaleCache", "Schedule",
+    "TextEncoder", "TextFeatures", "schedule_for",
+]  # fmt: skip

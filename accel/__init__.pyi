@@ -7,6 +7,7 @@ from accel.errors import UnsupportedError as UnsupportedError
 from accel.handle import Handle as Handle
 from accel.patches.dense import Dense as Dense
 from accel.patches.downsample import Downsample as Downsample
+from accel.patches.dyvte import DyVTE as DyVTE
 from accel.patches.fastervlm import FasterVLM as FasterVLM
 from accel.patches.fastv import FastV as FastV
 from accel.patches.flexprefill import FlexPrefill as FlexPrefill

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,10 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """The recipe in a .yaml, .yml or .json file. Anything wrong in it raises OptionError, naming the file and the key."""
+        """The recipe in a .yaml, .yml or .json file. Anything wrong in it raises OptionError, naming the file and the key.
+
+        Options that are paths (fields with `metadata={"is_path": True}`) are taken from the folder of the recipe, unless they are absolute.
+        """
         path = _known_suffix(Path(path))
         try:
             text = path.read_text(encoding="utf-8")
@@ -51,7 +54,8 @@ class Recipe:
             raise OptionError(f"cannot read the recipe {path}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:
             raise OptionError(f"{path} is not a text file in UTF-8: {error}") from error
-        return cls.from_dict(_parse(text, path), source=str(path))
+        found = cls.from_dict(_parse(text, path), source=str(path))
+        return cls(tuple(_with_paths(method, lambda option: str(path.parent / option)) for method in found.methods), found.note)
 
     @classmethod
     def from_dict(cls, data: Any, *, source: str = "recipe") -> Recipe:
@@ -77,9 +81,12 @@ class Recipe:
         return {**written, "note": self.note} if self.note else written
 
     def save(self, path: str | Path) -> Path:
-        """Writes the recipe as YAML or JSON, by suffix, and returns the path. A missing folder is made."""
+        """Writes the recipe as YAML or JSON, by suffix, and returns the path. A missing folder is made.
+
+        Files in or below that folder are named by their place in it, so that both can be moved together; others by their whole path.
+        """
         path = _known_suffix(Path(path))
-        plain = self.as_dict()
+        plain = Recipe(tuple(_with_paths(method, lambda option: _seen_from(path.parent, option)) for method in self.methods), self.note).as_dict()
         if path.suffix == ".json":
             text = json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
         else:
@@ -120,6 +127,18 @@ def _method(entry: Any, where: str) -> Method:
     except (OptionError, TypeError, ValueError) as error:       # TypeError: text where a method compares numbers
         message = str(error) if isinstance(error, OptionError) else f"{name}: {error}"
         raise OptionError(f"{where}: {message}") from error
+
+
+def _with_paths(method: Method, change: Callable[[str], str]) -> Method:
+    """The method with its options that are paths changed; the same object where it has none."""
+    paths = [f.name for f in fields(method) if f.metadata.get("is_path") and getattr(method, f.name) is not None]
+    return replace(method, **{name: change(getattr(method, name)) for name in paths}) if paths else method
+
+
+def _seen_from(folder: Path, option: str) -> str:
+    """A path as a recipe in `folder` names it."""
+    own, whole = folder.resolve(), Path(option).resolve()
+    return whole.relative_to(own).as_posix() if whole.is_relative_to(own) else str(whole)
 
 
 def _entry(method: Method) -> str | dict[str, Any]:

@@ -23,6 +23,7 @@ LINKED = ("evals", "kernels", "patches")
 DATA = (
     "accel/py.typed", "accel/__init__.pyi", "accel/evals/templates/report.html.j2", "accel/evals/templates/report.css",
     "accel/evals/models/smollm2/recipe.yaml", "accel/evals/models/smollm2/card.md",
+    "accel/evals/models/small_vlm/dyvte.yaml", "accel/evals/models/small_vlm/routers.safetensors",
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", help="crossover: prompt lengths (default: 1k,2k,4k,8k)")
     parser.add_argument("--repeats", type=int, help="crossover: timed rounds over all variants in turn (default: 5)")
     parser.add_argument("--objective", help="search: what to optimise (default: the method's only objective)")
-    parser.add_argument("--data", help="for searches and training; for pruning: scenes, a folder of pictures, or a .jsonl with image, text (and answer)")
+    parser.add_argument("--data", help="of a search or a training; for pruning: scenes, a folder of pictures, or a .jsonl with image, text (answer)")
     parser.add_argument("--trials", type=int, help="search: trials in all; the same call again goes on after a stop (default: 60)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")

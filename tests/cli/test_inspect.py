@@ -121,8 +121,14 @@ def test_without_a_method_every_one_that_drops_tokens_is_drawn(photo: str, tmp_p
     from accel.registry import method_class, method_names
 
     assert main(["inspect", "small-vlm", "--image", photo, "--out", str(tmp_path / "run")]) == 0
-    shown = {row["title"].split("(")[0] for row in json.loads((tmp_path / "run" / "result.json").read_text())["overlays"][1:]}
-    assert shown == {name for name in method_names() if issubclass(method_class(name), TokenPruning)}
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    shown = {row["title"].split("(")[0] for row in result["overlays"][1:]}
+    # what does not run with its defaults says what it wants instead
+    refused = {row["method"]: row["reason"] for row in result["layers"] if not row["patched"]}
+    pruning = {name for name in method_names() if issubclass(method_class(name), TokenPruning)}
+    assert shown == pruning - refused.keys()
+    assert set(refused) & pruning == {"dyvte"}
+    assert "exit_layer=N" in refused["dyvte"]
 
 
 def test_layers_of_a_method_that_drops_tokens_are_those_that_run_without_them() -> None:

@@ -18,16 +18,21 @@ from accel.registry import method_class, method_names
 from accel.stats import PruningEvent
 
 # By option name, for whichever method has the option: merged tokens have no counterpart among hidden ones.
-SMALL: dict[str, Any] = {"keep": 0.5, "recycle": False, "layer": 1, "r1": 0.8, "r2": 0.75}
+SMALL: dict[str, Any] = {"keep": 0.5, "recycle": False, "layer": 2, "r1": 0.8, "r2": 0.75, "exit_layer": 0}
+WHOLE: dict[str, Any] = {"keep": 1.0, "exit_layer": 99}
 CASES = [(name, cls) for name in method_names() if issubclass(cls := method_class(name), TokenPruning)]
 MERGING = {"downsample"}
 every_method = pytest.mark.parametrize("cls", [cls for _, cls in CASES], ids=[name for name, _ in CASES])
 every_family = pytest.mark.parametrize("name", VLMS)
 
 
-def small(cls: type[TokenPruning], **changes: Any) -> TokenPruning:
+def built(cls: type[TokenPruning], options: dict[str, Any]) -> TokenPruning:
     known = {f.name for f in fields(cls)}
-    return cls(**{option: value for option, value in {**SMALL, **changes}.items() if option in known})
+    return cls(**{option: value for option, value in options.items() if option in known})
+
+
+def small(cls: type[TokenPruning]) -> TokenPruning:
+    return built(cls, SMALL)
 
 
 @every_method
@@ -39,7 +44,9 @@ def test_dropping_equals_hiding_and_counts_are_as_promised(name: str, cls: type[
     with accel.apply(model, method) as handle, handle.observe_pruning(events.append):
         run_generate(model, inputs)
         assert handle.stats.tokens.prompts == 2
-        assert 0 < handle.stats.tokens.kept_patches < handle.stats.tokens.patches
+        assert handle.stats.tokens.kept_patches < handle.stats.tokens.patches
+        # what leaves inside the model leaves nothing behind, but some layers have seen it
+        assert 0 < handle.stats.tokens.kept_share < 1
     bound = method.bind(host_for(model).describe(model))
     for event in events:
         promised = bound.count(event.stage, event.units)
@@ -84,7 +91,7 @@ def test_undo_and_pauses_are_exact(name: str, cls: type[TokenPruning]) -> None:
 def test_keeping_everything_is_a_bypass(name: str, cls: type[TokenPruning]) -> None:
     it = subject(name)
     before = snapshot(it.model)
-    with accel.apply(it.model, cls(**{"keep": 1.0})):
+    with accel.apply(it.model, built(cls, WHOLE)):
         assert snapshot(it.model) == before
         assert_bit_equal(run(it.model, it.inputs), it.dense)
 
@@ -110,8 +117,8 @@ def test_structural_tokens_that_end_no_row_survive_a_tiny_budget(name: str) -> N
 @pytest.mark.parametrize("name", ["llava", "qwen3 vl", "gemma3 vlm"])
 def test_two_methods_follow_each_other(name: str) -> None:
     model, inputs = subject(name).model, batch_of(name)
-    got, gone = pruned_run(model, inputs, accel.FasterVLM(keep=0.75), accel.FastV(keep=0.5, layer=1))
-    assert [layer for layer, _ in gone.events] == [0, 1]
+    got, gone = pruned_run(model, inputs, accel.FasterVLM(keep=0.75), accel.FastV(keep=0.5, layer=2))
+    assert [layer for layer, _ in gone.events] == [0, 2]
     assert_equals_hiding(got, hidden_run(model, inputs, gone), gone)
 
 

@@ -28,6 +28,7 @@ class Handle:
         self.patched_layers: list[int] = []
         self.skipped_layers: dict[int, str] = {}
         self.notices: list[str] = []
+        self.prunes_tokens = False      # whether visual tokens may be dropped; not where the options keep everything
         self.is_active = False
         self._undo_log: list[Callable[[], None]] = []
         self._switches: list[Callable[[bool], None]] = []
@@ -149,7 +150,7 @@ class Handle:
 
     def _token_lines(self) -> list[str]:
         """Visual tokens: how many of how many were kept."""
-        if not any(m.kind == "token_pruning" for m in self.methods):
+        if not self.prunes_tokens:
             return []
         tokens = self.stats.tokens
         skipped = [f"{count} left whole ({reason})" for reason, count in tokens.skipped.items() if count]

@@ -79,8 +79,7 @@ def read_variants(settings: Mapping[str, Any]) -> dict[str, list[Method]]:
     from accel.recipe import Recipe
     from accel.registry import build
 
-    given = settings["method"] or []
-    methods = [parse_method(text) for text in ([given] if isinstance(given, str) else given)]
+    methods = _given_methods(settings["method"])
     variants = {describe(method): [method] for method in methods}
     shipped = None if methods or settings["recipe"] else embedded_recipe(settings["model"])
     for path in (settings["recipe"], shipped):
@@ -88,3 +87,19 @@ def read_variants(settings: Mapping[str, Any]) -> dict[str, list[Method]]:
             recipe = Recipe.load(path)
             variants[" + ".join(m.method_name() for m in recipe.methods) + " (recipe)"] = list(recipe.methods)
     return variants or {"flexprefill": [build("flexprefill")]}
+
+
+def _given_methods(given: Any) -> list[Method]:
+    """Methods as flags write them (`name:option=value`) or as recipes do (a mapping of a name to its options), one or a list of them."""
+    from accel.recipe import SCHEMA, Recipe
+
+    items = given if isinstance(given, list) else [] if given is None else [given]
+    found: list[Method] = []
+    for item in items:
+        if isinstance(item, str):
+            found.append(parse_method(item))
+        elif isinstance(item, Mapping) and len(item) == 1:
+            found += Recipe.from_dict({"schema": SCHEMA, "methods": [dict(item)]}, source="method").methods
+        else:
+            raise OptionError(f"a method is written as fastervlm:keep=0.25 or, in a settings file, as {{fastervlm: {{keep: 0.25}}}}; got {item!r}")
+    return found

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from tiny_llama import save_tiny
 
 from accel.cli.main import main
+from accel.cli.options import read_variants
+from accel.errors import OptionError
 
 SPARSE = "flexprefill:min_seq_len=0,min_budget=128,block_size=64,gamma=0.6"
 
@@ -102,3 +105,14 @@ def test_scenes_are_asked_at_every_budget_beside_the_controls(tmp_path: Path, ca
     assert "scene_relation is left out of every table" in shown
     assert "log-prob" not in shown
     assert any("friendly case" in limit for limit in result["limits"])
+
+
+@pytest.mark.parametrize("given", [{"fastervlm": {"keep": 0.1}}, [{"fastervlm": {"keep": 0.1}}], "fastervlm:keep=0.1", ["fastervlm:keep=0.1"]])
+def test_a_settings_file_may_write_a_method_as_a_recipe_does(given: Any) -> None:
+    [methods] = read_variants({"method": given, "recipe": None, "model": "small-vlm"}).values()
+    assert [m.changed_options() for m in methods] == [{"keep": 0.1}]
+
+
+def test_what_is_no_method_in_a_settings_file_is_refused() -> None:
+    with pytest.raises(OptionError, match="as fastervlm:keep="):
+        read_variants({"method": [7], "recipe": None, "model": "small-vlm"})

@@ -725,3 +725,16 @@ def test_gradient_checkpoints_give_the_same_gradients_or_an_error() -> None:
             assert "checkpoints" in str(error)     # noqa: PT017 - which of the two depends on the release
             return
     torch.testing.assert_close(weight.grad, want, rtol=1e-4, atol=1e-6)
+
+
+def test_options_that_keep_everything_are_said_to_change_nothing() -> None:
+    it = subject("llava")
+    with accel.apply(it.model, accel.FasterVLM(keep=1.0)) as handle:
+        it.model(**it.inputs)
+        assert "nothing was changed" in handle.report()
+        assert "no prompt with a picture" not in handle.report()
+
+
+def test_an_inner_model_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="LlavaModel does not generate"):
+        accel.apply(subject("llava").model.model, FRONT)

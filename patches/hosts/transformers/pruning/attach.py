@@ -34,7 +34,11 @@ def prune_tokens(
     """Attaches the methods, in order. model: the one that generates; attentions: of its decoder. Methods that keep everything change nothing."""
     base = model.base_model
     family = family_of(model.config)
+    if not hasattr(model, "generate"):
+        raise UnsupportedError(f"{type(model).__name__} does not generate: apply to the whole model (…ForConditionalGeneration), not to its inner one")
     active = [m for m in methods if m.stages(info)]
+    idle = [m.method_name() for m in methods if m not in active]
+    handle.notices += [f"{name}: keeps every visual token of this model with these options; nothing was changed for it" for name in idle]
     for method in active:
         twice = [what for what, n in Counter(o.what for o in method.observe()).items() if n > 1]
         if twice:
@@ -53,6 +57,7 @@ def prune_tokens(
         original = original_of(config._attn_implementation) or config._attn_implementation
         switch_implementation(config, register(original), handle)
     front = Decoder(stages, token_ids, handle, n_layers=info.n_layers, original=original, is_compact=active[0].position_mode == "compact")
+    handle.prunes_tokens = True
     handle.set_attr(model, MARK, Mark([m.method_name() for m in active]))
     handle.on_pause(partial(setattr, front, "is_on"))
     Recorder(family, base, active, towers, front).attach(handle)

@@ -141,8 +141,9 @@ def _search(method: Method, given: Mapping[str, Any], settings: Mapping[str, Any
     if objective.prepare is not None:
         data = objective.prepare(loaded, data, settings["seed"])
         about["samples"] = str(data)
+    trials = 60 if settings["trials"] is None else settings["trials"]
     result = tune(
-        name, objective, model=loaded.model, data=data, trials=60 if settings["trials"] is None else settings["trials"], fixed=given, about=about, seed=settings["seed"],
+        name, objective, model=loaded.model, data=data, trials=trials, fixed=given, about=about, seed=settings["seed"],
         folder=Path(settings["out"] or f"runs/tune-{name}"),
     )  # fmt: skip
     default = "outside the search" if result.default_score is None else f"{result.default_score:.6g}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import weakref
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel.errors import PatchError, UnsupportedError
 from accel.handle import Handle
+from accel.patches.hosts.identity import fingerprint, is_next_scale, unwrapped
 from accel.protocols import Method, ModelInfo, SparseAttention, TokenPruning
 
 if TYPE_CHECKING:
@@ -21,11 +21,12 @@ ACCEPTS = "a transformers PreTrainedModel, or one wrapped by PEFT"
 
 
 def matches(model: Any) -> bool:
-    """Whether `model` is a transformers model, bare or inside PEFT. Loads nothing that is not loaded already."""
+    """Whether `model` is a transformers model with transformers' attention, bare or inside PEFT. Loads nothing that is not loaded already."""
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return False
-    return isinstance(_unwrapped(model), transformers.PreTrainedModel)
+    base = unwrapped(model)
+    return isinstance(base, transformers.PreTrainedModel) and not is_next_scale(base)
 
 
 def refusals(method: Method) -> list[str]:
@@ -39,7 +40,7 @@ def describe(model: Any) -> ModelInfo:
     """The text decoder's sizes as methods see them."""
     from accel.patches.hosts.transformers.layers import attention_modules
 
-    base = _unwrapped(model)
+    base = unwrapped(model)
     decoder = _decoder(base)
     text = base.config.get_text_config(decoder=True)
     n_layers = int(getattr(text, "num_hidden_layers", 0))
@@ -71,7 +72,7 @@ def attach(model: Any, methods: Sequence[Method], info: ModelInfo, handle: Handl
     """
     from accel.patches.hosts.transformers.layers import attention_modules
 
-    base = _unwrapped(model)
+    base = unwrapped(model)
     decoder = _decoder(base)
     modules = attention_modules(decoder)
     _refuse_unpatchable(base, decoder, modules)
@@ -159,12 +160,6 @@ def _refuse_unpatchable(base: nn.Module, decoder: nn.Module, modules: list[nn.Mo
         raise PatchError(f"this {type(base).__name__} is patched already, with {', '.join(names)}; call undo() on its handle first")
 
 
-def _unwrapped(model: Any) -> Any:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
-    peft = sys.modules.get("peft")
-    return model.get_base_model() if peft is not None and isinstance(model, peft.PeftModel) else model
-
-
 def _decoder(base: Any) -> Any:
     """The text decoder; the model itself where transformers names none."""
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
@@ -196,15 +191,3 @@ def _layer_type(text_config: Any, layer: int) -> str:
         return str(types[layer])
     # Mistral, Phi-3, Mixtral and their kin have one window for all layers, or none
     return "full_attention" if getattr(text_config, "sliding_window", None) is None else "sliding_attention"
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash of the kind of model and of a few values of every parameter: tells one set of weights from another, quickly.
-
-    Values count in bf16 and the configuration not at all, which names the dtype and the version of transformers: the same weights give the same
-    hash in fp32, in bf16, and, but for weights with more digits than fp16 has, in fp16.
-    """
-    digest = hashlib.sha256(str(model.config.model_type).encode())  # type: ignore[union-attr]
-    for name, p in model.named_parameters():
-        digest.update(f"{name}{tuple(p.shape)}{p.detach().flatten()[:8].bfloat16().tolist()}".encode())
-    return digest.hexdigest()[:16]

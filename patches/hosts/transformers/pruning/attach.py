@@ -15,7 +15,7 @@ from accel.errors import UnsupportedError
 from accel.handle import Handle
 from accel.patches.hosts.transformers.dispatch import original_of, register
 from accel.patches.hosts.transformers.implementation import switch_implementation
-from accel.patches.hosts.transformers.pruning.bound import Hook, Loss, Mark, outside_graph, replace_method
+from accel.patches.hosts.bound import Hook, Loss, Mark, outside_graph, replace_method
 from accel.patches.hosts.transformers.pruning.decoder import Decoder
 from accel.patches.hosts.transformers.pruning.observe import newest_row, watch
 from accel.patches.hosts.transformers.pruning.prompt import FRONT, Asked, ordered_stages
@@ -35,7 +35,7 @@ def prune_tokens(
     base = model.base_model
     family = family_of(model.config)
     if not hasattr(model, "generate"):
-        raise UnsupportedError(f"{type(model).__name__} does not generate: apply to the whole model (…ForConditionalGeneration), not to its inner one")
+        raise UnsupportedError(f"{type(model).__name__} does not generate: apply to the …ForConditionalGeneration around it")
     active = [m for m in methods if m.stages(info)]
     idle = [m.method_name() for m in methods if m not in active]
     handle.notices += [f"{name}: keeps every visual token of this model with these options; nothing was changed for it" for name in idle]

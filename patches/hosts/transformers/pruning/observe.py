@@ -16,7 +16,7 @@ from accel.handle import Handle
 from accel.kernels.probe.api import attention_row, mean_attention
 from accel.patches.hosts.transformers.layers import call_original, original_attention
 from accel.patches.hosts.transformers.masks import LazyMask
-from accel.patches.hosts.transformers.pruning.bound import outside_graph
+from accel.patches.hosts.bound import outside_graph
 from accel.protocols import Observation, TokenPruning
 
 WATCHER = "_accel_watcher"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
 from accel.handle import Handle
-from accel.patches.hosts.transformers.pruning.bound import replace_method
+from accel.patches.hosts.bound import replace_method
 from accel.patches.hosts.transformers.pruning.decoder import Decoder
 from accel.patches.hosts.transformers.pruning.observe import encoder_maps, watch
 from accel.patches.hosts.transformers.pruning.prompt import Seen

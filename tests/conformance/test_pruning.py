@@ -333,6 +333,10 @@ def test_a_copy_is_not_pruned(name: str) -> None:
 def test_a_saved_model_is_not_pruned() -> None:
     # of a model that has run, transformers itself leaves hooks behind that cannot be saved
     model, inputs = FAMILIES["llava"].build()
+    try:
+        torch.save(model, io.BytesIO())
+    except AttributeError as error:
+        pytest.skip(f"this release cannot save the plain model: {error}")
     stored = io.BytesIO()
     with accel.apply(model, FRONT):
         torch.save(model, stored)

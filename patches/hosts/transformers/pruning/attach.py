@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
 from accel.handle import Handle
+from accel.patches.hosts.bound import Hook, Loss, Mark, outside_graph, replace_method
 from accel.patches.hosts.transformers.dispatch import original_of, register
 from accel.patches.hosts.transformers.implementation import switch_implementation
-from accel.patches.hosts.bound import Hook, Loss, Mark, outside_graph, replace_method
 from accel.patches.hosts.transformers.pruning.decoder import Decoder
 from accel.patches.hosts.transformers.pruning.observe import newest_row, watch
 from accel.patches.hosts.transformers.pruning.prompt import FRONT, Asked, ordered_stages

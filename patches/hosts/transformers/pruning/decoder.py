@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from accel.errors import UnsupportedError
 from accel.handle import Handle
+from accel.patches.hosts.bound import outside_graph
 from accel.patches.hosts.transformers.applicability import HARMLESS
 from accel.patches.hosts.transformers.masks import KeptKeys, LazyMask, shortened_tensor
-from accel.patches.hosts.bound import outside_graph
 from accel.patches.hosts.transformers.pruning.cache import LogicalLayer, StaticLogicalLayer, Survivors, logical_layer, why_unsupported
 from accel.patches.hosts.transformers.pruning.passes import Pass, begin_pass, drop, share_of, with_merged
 from accel.patches.hosts.transformers.pruning.positions import compacted, continued

@@ -14,9 +14,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from accel.errors import UnsupportedError
 from accel.handle import Handle
 from accel.kernels.probe.api import attention_row, mean_attention
+from accel.patches.hosts.bound import outside_graph
 from accel.patches.hosts.transformers.layers import call_original, original_attention
 from accel.patches.hosts.transformers.masks import LazyMask
-from accel.patches.hosts.bound import outside_graph
 from accel.protocols import Observation, TokenPruning
 
 WATCHER = "_accel_watcher"

@@ -133,7 +133,8 @@ def test_variants_take_turns_and_another_one_begins_each_round(subject: tuple[An
     monkeypatch.setattr(visual_timing, "visual_pass", noted)
     monkeypatch.setattr(visual_timing, "inspect_pass", lambda *args, **_: noted(*args) and Held([[16]] * N_LAYERS, [0] * N_LAYERS, None))
     rows = measure_visual(*subject, {"a": [build("fastervlm", {"keep": 0.5})], "b": [build("fastervlm", {"keep": 0.25})]}, repeats=2)
-    assert order == ["dense", "dense", "0.5", "0.25", "0.5", "0.25", "dense", "0.25", "dense", "0.5"]
+    # once each before anything is kept, then the round of peaks, then two timed ones
+    assert order == ["dense", "0.5", "0.25", "dense", "0.5", "0.25", "0.5", "0.25", "dense", "0.25", "dense", "0.5"]
     assert [row.ms["prefill"].n for row in rows] == [2, 2, 2]
     assert [row.label for row in rows] == ["dense (sdpa)", "a", "b"]
     assert rotated(["x"], 5) == ["x"]

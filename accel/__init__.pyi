@@ -11,10 +11,14 @@ from accel.patches.dyvte import DyVTE as DyVTE
 from accel.patches.fastervlm import FasterVLM as FasterVLM
 from accel.patches.fastv import FastV as FastV
 from accel.patches.flexprefill import FlexPrefill as FlexPrefill
+from accel.patches.h2o import H2O as H2O
 from accel.patches.powerattention import PowerAttention as PowerAttention
 from accel.patches.random_blocks import RandomBlocks as RandomBlocks
+from accel.patches.random_kv import RandomKV as RandomKV
 from accel.patches.random_tokens import RandomTokens as RandomTokens
+from accel.patches.snapkv import SnapKV as SnapKV
 from accel.patches.streaming import Streaming as Streaming
+from accel.patches.streaming_kv import StreamingKV as StreamingKV
 from accel.patches.uniform_tokens import UniformTokens as UniformTokens
 from accel.patches.vflowopt import VFlowOpt as VFlowOpt
 from accel.patching import apply as apply

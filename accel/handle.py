@@ -137,7 +137,7 @@ class Handle:
         lines += [f"skipped {_ranges(layers)}: {reason}" for reason, layers in _by_reason(self.skipped_layers).items()]
         lines += self.notices
         lines += [trouble for check in self._checks if (trouble := check()) is not None]
-        lines += self._token_lines()
+        lines += [*self._token_lines(), *self._cache_lines()]
         return "\n".join([*lines, *self._call_lines()] if n_layers or self.stats.layers else lines)
 
     def _call_lines(self) -> list[str]:
@@ -159,6 +159,18 @@ class Handle:
         kept = f"{tokens.kept_patches} of {tokens.patches} left in {tokens.prompts} prompts ({tokens.kept_share:.1%} as a mean over the layers)"
         structural = [f"{tokens.kept_structural} of {tokens.structural} structural ones"] if tokens.structural else []
         return ["visual tokens: " + ", ".join([kept, *structural, *skipped])]
+
+    def _cache_lines(self) -> list[str]:
+        """Cache entries: how many of how many the last scale read, and bytes measured between attention calls."""
+        if not any(m.kind == "kv_compression" for m in self.methods):
+            return []
+        cache = self.stats.cache
+        if cache.kept_share is None:
+            return ["cache: no generation yet"]
+        last = max(cache.total)
+        read = f"{cache.attended[last]} of {cache.total[last]} entries read at step {last} ({cache.kept_share:.1%}), {cache.generations} generations"
+        held = f"at most {cache.peak_bytes} bytes held by one, {cache.whole_bytes} without compression (keys, values and positions, no activations)"
+        return [f"cache: {read}", f"cache: {held}", "cache by step: " + ", ".join(str(n) for _, n in sorted(cache.bytes_by_scale.items())) + " bytes"]
 
     def __enter__(self) -> Self:
         return self

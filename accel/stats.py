@@ -112,8 +112,69 @@ class TokenStats:
         return self.layer_tokens / self.all_layer_tokens if self.all_layer_tokens else None
 
 
+@dataclass
+class CacheStats:
+    """Counters of compressed caches. Entries are those of all rows, KV heads and layers, by scale or step, summed over generations.
+
+    total: entries that a whole cache would have had, those of the scale included. attended: entries that attention read. cached: entries left behind.
+    bytes_by_scale: the most that one cache held at a scale, between attention calls: keys, values, positions, and what a method has recorded.
+    whole_bytes: what one cache holds without compression, keys and values of all scales but the last. Both are the largest over generations, and
+    neither is the process's peak, to which weights, activations and the operands of one attention call are added.
+    """
+
+    generations: int = 0
+    total: Counter[int] = field(default_factory=Counter)
+    attended: Counter[int] = field(default_factory=Counter)
+    cached: Counter[int] = field(default_factory=Counter)
+    bytes_by_scale: dict[int, int] = field(default_factory=dict)
+    whole_bytes_by_layer: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that one cache held."""
+        return max(self.bytes_by_scale.values(), default=0)
+
+    @property
+    def whole_bytes(self) -> int:
+        """What one cache holds without compression."""
+        return sum(self.whole_bytes_by_layer.values())
+
+    @property
+    def kept_share(self) -> float | None:
+        """Share of the entries of the last scale's step that its attention read; None before the first generation has come so far."""
+        last = max(self.total, default=None)
+        return None if last is None else self.attended[last] / self.total[last]
+
+    def add_entries(self, scale: int, *, total: int, attended: int, cached: int) -> None:
+        """Adds one layer at one scale."""
+        self.total[scale] += total
+        self.attended[scale] += attended
+        self.cached[scale] += cached
+
+    def add_bytes(self, scale: int, held: int) -> None:
+        """Notes what a cache holds now."""
+        self.bytes_by_scale[scale] = max(held, self.bytes_by_scale.get(scale, 0))
+
+    def add_whole_bytes(self, layer: int, held: int) -> None:
+        """Notes what a layer of a whole cache would hold."""
+        self.whole_bytes_by_layer[layer] = max(held, self.whole_bytes_by_layer.get(layer, 0))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return {
+            "generations": self.generations,
+            "entries_by_scale": dict(sorted(self.total.items())),
+            "attended_by_scale": dict(sorted(self.attended.items())),
+            "cached_by_scale": dict(sorted(self.cached.items())),
+            "kept_share": self.kept_share,
+            "bytes_by_scale": dict(sorted(self.bytes_by_scale.items())),
+            "peak_cache_bytes": self.peak_bytes,
+            "whole_cache_bytes": self.whole_bytes,
+        }
+
+
 class Stats:
-    """All layers of a patched model. Read `total`, `density`, `tokens` or `layers[i]`; `reset()` starts over.
+    """All layers of a patched model. Read `total`, `density`, `tokens`, `cache` or `layers[i]`; `reset()` starts over.
 
     Reading waits for a GPU, counting does not.
     """
@@ -121,6 +182,7 @@ class Stats:
     def __init__(self) -> None:
         self._layers: dict[int, LayerStats] = {}
         self.tokens = TokenStats()
+        self.cache = CacheStats()
 
     def layer(self, index: int) -> LayerStats:
         """The counters of a layer, to write to."""
@@ -147,7 +209,7 @@ class Stats:
 
     def reset(self) -> None:
         """Starts over. Tensors on a device live on: a captured graph goes on counting in them, and would write into freed memory."""
-        self.tokens = TokenStats()
+        self.tokens, self.cache = TokenStats(), CacheStats()
         for index, layer in list(self._layers.items()):
             unread, layer.unread = layer.unread, None
             if unread is None:
@@ -168,6 +230,7 @@ class Stats:
             "kept_tokens": self.tokens.kept_patches,
             "kept_share": self.tokens.kept_share,
             "density_by_layer": {i: s.density for i, s in sorted(self.layers.items()) if s.density is not None},
+            **({"cache": self.cache.as_dict()} if self.cache.generations else {}),
         }
 
 

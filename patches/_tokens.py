@@ -1,4 +1,4 @@
-"""What token-pruning methods share: checks of their options, budgets, stable selection, and which newlines stay."""
+"""What token-pruning methods share: budgets, stable selection, and which newlines stay."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from accel.errors import OptionError, UnsupportedError
+from accel.errors import UnsupportedError
+from accel.patches._options import require_choice, require_keep, require_whole
 from accel.protocols import Keep, Merge, Method, ModelInfo, PruningContext, Stage, TokenPruning, Unit
 
 Newline = Literal["nonempty", "all", "none"]
@@ -20,64 +21,6 @@ Scope = Literal["unit", "image", "sample"]
 Recycled = tuple[Tensor, Tensor, Tensor]    # anchor, source, weight, (m,) each
 
 _log = logging.getLogger(__name__)
-
-# --- options ------------------------------------------------------------------------------------------------------------------
-
-
-def require(method: TokenPruning, holds: bool, message: str) -> None:
-    """Raises OptionError with the method's name in front unless `holds`."""
-    if not holds:
-        raise OptionError(f"{method.method_name()}: {message}")
-
-
-def require_number(method: TokenPruning, option: str, low: float, high: float, *, above: bool = False) -> None:
-    """Raises OptionError unless the option is a number from `low` (with `above`: beyond it) to `high`."""
-    value = getattr(method, option)
-    fits = is_number(value) and (low < value if above else low <= value) and value <= high
-    require(method, fits, f"{option} must be a number in {'(' if above else '['}{low:g}, {high:g}], got {value!r}")
-
-
-def require_share(method: TokenPruning, option: str) -> None:
-    """Raises OptionError unless the option lies in (0, 1]."""
-    value = getattr(method, option)
-    require(method, is_number(value) and 0 < value <= 1, f"{option} must lie in (0, 1], got {value!r}")
-
-
-def require_keep(method: TokenPruning) -> None:
-    """Raises OptionError unless the option `keep` is a share in (0, 1], written with a point, or a whole number of tokens from 2 on."""
-    value = method.options()["keep"]
-    hint = ": 1.0 is everything, and a single token is no count" if is_whole(value) and value == 1 else ""
-    fits = value > 1 if is_whole(value) else is_number(value) and 0 < value <= 1
-    require(method, fits, f"keep must be a share in (0, 1], such as 0.25, or a number of tokens, such as 64, got {value!r}{hint}")
-
-
-def require_whole(method: TokenPruning, option: str, low: int, *, or_none: bool = False) -> None:
-    """Raises OptionError unless the option is a whole number of at least `low`, or None where that is allowed."""
-    value = getattr(method, option)
-    fits = (or_none and value is None) or (is_whole(value) and value >= low)
-    require(method, fits, f"{option} must be {'None or ' if or_none else ''}a whole number of at least {low}, got {value!r}")
-
-
-def require_choice(method: TokenPruning, option: str, allowed: Sequence[str]) -> None:
-    """Raises OptionError unless the option is one of these words."""
-    value = getattr(method, option)
-    require(method, value in allowed, f"{option} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def require_flag(method: TokenPruning, option: str) -> None:
-    """Raises OptionError unless the option is True or False."""
-    value = getattr(method, option)
-    require(method, isinstance(value, bool), f"{option} must be true or false, got {value!r}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a number; True, False, NaN and infinities are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def position_reasons(method: TokenPruning, model: ModelInfo) -> list[str]:

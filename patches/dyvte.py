@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from accel.errors import UnsupportedError
+from accel.patches._options import is_whole, require, require_choice, require_number, require_whole
 from accel.patches._routers import EXIT, Router, RouterHeader, load_routers, read_header, text_feature
-from accel.patches._tokens import answer, is_whole, position_reasons, require, require_choice, require_number, require_whole
+from accel.patches._tokens import answer, position_reasons
 from accel.protocols import Calibration, Keep, Method, ModelInfo, PruningContext, Stage, TokenPruning, Unit
 
 _HOW = "give exit_layer=N, which needs no training, or routers=FILE, which `accel tune dyvte --model … --data …` trains for a model"

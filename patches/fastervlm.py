@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 
 from accel.errors import UnsupportedError
-from accel.patches._tokens import (
-    ScopedPruning,
-    allotments,
-    largest,
-    mean_one,
-    observed_scores,
-    require_choice,
-    require_number,
-    require_whole,
-    stride,
-    unit_tokens,
-    usable,
-)
+from accel.patches._options import require_choice, require_number, require_whole
+from accel.patches._tokens import ScopedPruning, allotments, largest, mean_one, observed_scores, stride, unit_tokens, usable
 from accel.protocols import Choice, Keep, Method, ModelInfo, Observation, PruningContext, Uniform
 
 _OBSERVED: dict[str, Literal["cls_row", "mean_received"]] = {"cls": "cls_row", "received": "mean_received"}

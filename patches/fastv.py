@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from accel.patches._tokens import answer, budget, largest, position_reasons, require_keep, require_whole, stride, usable
+from accel.patches._options import require_keep, require_whole
+from accel.patches._tokens import answer, budget, largest, position_reasons, stride, usable
 from accel.protocols import Keep, Method, ModelInfo, Observation, PruningContext, Stage, TokenPruning
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accel.patches._tokens import ScopedPruning, allotments, is_whole, largest, require, unit_tokens
+from accel.patches._options import is_whole, require
+from accel.patches._tokens import ScopedPruning, allotments, largest, unit_tokens
 from accel.protocols import Keep, PruningContext, Unit
 
 

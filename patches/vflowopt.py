@@ -12,22 +12,17 @@ import torch
 from torch import Tensor
 
 from accel.errors import OptionError, UnsupportedError
+from accel.patches._options import is_number, require, require_flag, require_number, require_share, require_whole
 from accel.patches._tokens import (
     Recycled,
     answer,
     budget,
     group_budget,
     groups,
-    is_number,
     joined_units,
     observed_scores,
     position_reasons,
     ranking,
-    require,
-    require_flag,
-    require_number,
-    require_share,
-    require_whole,
     unit_tokens,
     usable,
 )

@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def method_rows() -> list[MethodRow]:
-    """Every registered method against every host, for a plain text model."""
+    """Every registered method against every host, for a plain model of the host's kind: a text model unless the host says otherwise."""
     from accel.patching import hosts
     from accel.registry import build, method_names
 
@@ -65,7 +65,10 @@ def method_rows() -> list[MethodRow]:
     for name in method_names():
         method = build(name)
         summary = (type(method).__doc__ or "").strip().split("\n", 1)[0]
-        against = {_host_name(host): [*host.refusals(method), *method.supports(_plain_model(), _host_name(host), [])] for host in hosts()}
+        against = {
+            _host_name(host): [*host.refusals(method), *method.supports(getattr(host, "plain_model", _plain_model)(), _host_name(host), [])]
+            for host in hosts()
+        }
         rows.append(MethodRow(name, method.kind, summary, method.needs_training, against))
     return rows
 

@@ -48,6 +48,10 @@ class NextScaleModel(PreTrainedModel):  # type: ignore[misc]
         """
         return TeacherForced(schedule) if teacher_forced else ScaleCache(schedule)
 
+    def default_schedule(self) -> Schedule:
+        """The scales that `generate` goes through where it is not told otherwise."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which scales it generates")
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range

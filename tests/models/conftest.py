@@ -3,47 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+import next_scale
 import pytest
 import torch
 from torch import Tensor
 
-from accel.models.infinity import Infinity, InfinityConfig
-from accel.models.var import VAR, VARConfig
+from accel.models.infinity import Infinity
+from accel.models.var import VAR
 
 State = dict[str, Tensor]
-TINY_VAR = {
-    "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_classes": 5, "schedule": [1, 2, 3, 4],
-    "codebook_size": 16, "code_width": 8, "vae_channels": 8, "vae_multipliers": [1, 2], "vae_blocks": 1,
-}  # fmt: skip
-TINY_INFINITY = {
-    "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "text_width": 24, "text_tokens": 10,
-    "pool_heads": 2, "code_bits": 4, "tokenizer_bits": 4, "vae_channels": 8, "vae_multipliers": [1, 2], "vae_blocks": 1,
-}  # fmt: skip
-
-
-def lively(model: Any) -> Any:
-    """Every parameter random and large enough that a mistake anywhere moves the logits by more than rounding does."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            fan = parameter[0].numel() if parameter.dim() > 1 else 1
-            std = 0.3 if fan == 1 or "gss" in name or "embed" in name else fan**-0.5
-            parameter.normal_(0, std)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1)
-    return model.eval()
 
 
 @pytest.fixture
 def tiny_var() -> Callable[..., VAR]:
-    return lambda **changes: lively(VAR(VARConfig(**(TINY_VAR | changes))))
+    return next_scale.tiny_var
 
 
 @pytest.fixture
 def tiny_infinity() -> Callable[..., Infinity]:
-    return lambda **changes: lively(Infinity(InfinityConfig(**(TINY_INFINITY | changes))))
+    return next_scale.tiny_infinity
 
 
 def shapes_to_state(shapes: dict[str, tuple[int, ...]], device: str) -> State:

@@ -177,6 +177,10 @@ class Infinity(NextScaleModel):
         self.tokenizer = BitTokenizer(config)
         self.post_init()
 
+    def default_schedule(self) -> Schedule:
+        """The square schedule of the default size."""
+        return schedule_for(self.config.default_size, 1.0)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, InfinityBlock):

@@ -13,7 +13,7 @@ from transformers import initialization as init
 from accel.errors import OptionError
 from accel.models.base import NextScaleModel, NextScaleOutput, device_of
 from accel.models.blocks import ConditionVectors, FeedForward, LogitsHead, ScaleAttention, ScaleEmbedding, modulated, six_vectors
-from accel.models.cache import ScaleCache
+from accel.models.cache import ScaleCache, Schedule
 from accel.models.checkpoints import Source
 from accel.models.sampling import Seed, as_output, check_output, check_sampling, draw, filtered, generators_for, scale_progress
 from accel.models.var.config import VARConfig
@@ -64,6 +64,10 @@ class VAR(NextScaleModel):
         self.head = LogitsHead(width, width, config.codebook_size)
         self.tokenizer = VARTokenizer(config)
         self.post_init()
+
+    def default_schedule(self) -> Schedule:
+        """The scales of the checkpoint."""
+        return self.schedule
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -1,0 +1,258 @@
+"""The cache of one generation that asks a KV-compression method at every scale, and really drops what the method does not keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accel.errors import PatchError
+from accel.models.cache import ScaleCache, Schedule
+from accel.patches.hosts.bound import outside_graph
+from accel.patches.hosts.nextscale.entries import Entries, check_answer
+from accel.protocols import CompressionContext, HeadGroup, KVCompression, ModelInfo, Retain
+from accel.stats import CacheStats
+
+
+@dataclass
+class Layer:
+    """What one layer holds between scales: the entries of each head group, the method's own state, and queries of earlier scales where asked for.
+
+    n_seen: positions that have passed, whatever was kept of them. heads: the groups' heads, which never change within a generation.
+    """
+
+    heads: list[tuple[int, ...]] = field(default_factory=list)
+    entries: list[Entries | None] = field(default_factory=list)
+    state: dict[str, Any] = field(default_factory=dict)
+    queries: Tensor | None = None
+    n_seen: int = 0
+
+
+class CompressedCache(ScaleCache):
+    """Entries per layer and head group, so many of each head as its group's budget allows.
+
+    A layer whose budgets hold every entry at every scale is left to `ScaleCache`, bit for bit. The others keep exactly the entries that stay; one
+    attention call per group reads them without a mask. Moments behind attention: "after_prefill" after every scale, which is prefilled at once, and
+    "every_n_steps" after every n-th; nothing is kept behind the last scale.
+    """
+
+    def __init__(self, schedule: Schedule, method: KVCompression, info: ModelInfo, *, counters: Callable[[], CacheStats], is_guided: bool) -> None:
+        super().__init__(schedule)
+        self.method, self.is_guided, self.counters = method, is_guided, counters
+        self.info = replace(info, scale_shapes=schedule.sizes)
+        self._needs = method.needs()
+        self._layers: dict[int, Layer] = {}
+        self._whole: dict[int, bool] = {}
+        # by device: the scale of every position, and the numbers of heads that are no neighbours
+        self._scale_of: dict[torch.device, Tensor] = {}
+        self._indexes: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+    def begin(self, scale: int) -> None:
+        """Called by the model before the first layer of every scale."""
+        super().begin(scale)
+        if scale == 0:
+            self.counters().generations += 1
+        self._count_bytes()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Self-attention of one layer at the current scale over what is kept of it and of all before: (b, H, n_k, d).
+
+        A compiler leaves it out of its graphs: methods read values, and lengths change at every scale.
+        """
+        return outside_graph(self._attend, layer, q, k, v)  # type: ignore[no-any-return]
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.scale < 0:
+            raise PatchError("no scale was begun; this cache serves generation, scale by scale, not a teacher-forced pass")
+        per_entry = 2 * k.shape[0] * k.shape[1] * k.shape[3] * k.element_size()
+        self.counters().add_whole_bytes(layer, per_entry * self.schedule.span(self.schedule.last)[0])
+        if self._keeps_whole(layer):
+            n = k.shape[0] * k.shape[1] * self.schedule.span(self.scale)[1]
+            self.counters().add_entries(self.scale, total=n, attended=n, cached=0 if self.is_last_scale else n)
+            out = super().attend(layer, q, k, v)
+        else:
+            out = self._attend_groups(layer, q, k, v)
+            if self.is_last_scale or self.method.release(self.info, layer, step=self.scale):
+                self.release(layer)
+        self._count_bytes()
+        return out
+
+    def entries(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Scale index and position of what a layer holds, (b, H, T) int64 where something was dropped; −1 behind the entries of shorter heads."""
+        held = self._layers.get(layer)
+        if held is None or any(entries is None for entries in held.entries):
+            return super().entries(layer)
+        rows: dict[int, Tensor] = {}
+        for heads, entries in zip(held.heads, held.entries, strict=True):
+            assert entries is not None
+            rows.update(zip(heads, entries.positions().masked_fill(~entries.validity(), -1).unbind(1), strict=True))
+        longest = max(row.shape[1] for row in rows.values())
+        padded = [torch.nn.functional.pad(rows[head], (0, longest - rows[head].shape[1]), value=-1) for head in sorted(rows)]
+        position = torch.stack(padded, 1)
+        return self._scales(position.clamp_min(0)).masked_fill(position < 0, -1), position
+
+    def cache_bytes(self) -> int:
+        """Bytes of the memory taken for keys, values and what is known of them, tensors in a method's own state included."""
+        return super().cache_bytes() + sum(t.untyped_storage().nbytes() for held in self._layers.values() for t in _tensors(held))
+
+    def release(self, layer: int | None = None) -> None:
+        """Gives back the memory of one layer, or of all."""
+        super().release(layer)
+        if layer is None:
+            self._layers.clear()
+        elif layer in self._layers:
+            # what has passed is not forgotten: a later scale must not be taken for the first
+            self._layers[layer] = Layer(heads=self._layers[layer].heads, n_seen=self._layers[layer].n_seen)
+
+    # --- one layer at one scale -----------------------------------------------------------------------------------------------
+
+    def _keeps_whole(self, layer: int) -> bool:
+        """Whether no scale brings more entries to this layer than its budgets hold."""
+        if layer not in self._whole:
+            ends = [self.schedule.span(scale)[1] for scale in range(len(self.schedule))]
+            self._whole[layer] = all(
+                group.budget >= end for scale, end in enumerate(ends) for group in self.method.groups(self.info, layer, step=scale, n_entries=end)
+            )
+        return self._whole[layer]
+
+    def _attend_groups(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[1] != k.shape[1]:
+            raise PatchError(f"next-scale models have as many query heads as KV heads; layer {layer} brings {q.shape[1]} and {k.shape[1]}")
+        held = self._layers.setdefault(layer, Layer())
+        start, end = self.schedule.span(self.scale)
+        if held.n_seen != start:
+            raise PatchError(f"layer {layer} has seen {held.n_seen} of the {start} tokens that come before scale {self.scale}")
+        held.n_seen = end
+        groups = self._groups(layer, held, n_heads=k.shape[1])
+        queries = self._with_earlier(held, q)
+        parts, n_attended, n_cached = [], 0, 0
+        for number, group in enumerate(groups):
+            own = [self._of_heads(t, group.heads) for t in (q, k, v, queries)]
+            part, attended, kept = self._attend_group(layer, group, held, number, *own)
+            parts.append(part)
+            n_attended += attended
+            n_cached += kept
+        self.counters().add_entries(self.scale, total=k.shape[0] * k.shape[1] * end, attended=n_attended, cached=n_cached)
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        # the groups' outputs lie one behind the other: back into the layer's order
+        heads = [head for group in groups for head in group.heads]
+        return self._of_heads(out, tuple(sorted(range(len(heads)), key=heads.__getitem__)))
+
+    def _attend_group(
+        self, layer: int, group: HeadGroup, held: Layer, number: int, q: Tensor, k: Tensor, v: Tensor, queries: Tensor
+    ) -> tuple[Tensor, int, int]:
+        """Attention of one group, and how many entries of all rows and heads it read, and left behind."""
+        every = self._with_new(held, number, k, v)
+        kept, attended, retain = every, every, None
+        if self._is_asked("before_attention") and len(every) > group.budget:
+            retain = self._answer(layer, group, held, every, queries)
+            merged = every.merged(retain)
+            kept = merged.at(retain.cache_index, retain.ok)
+            attended = kept if retain.attend_index is None else merged.at(retain.attend_index)
+        out = attended.attention(q, self.softmax_scale)
+        n_rows = k.shape[0] * k.shape[1]
+        if self.is_last_scale:
+            return out, n_rows * len(attended), 0
+        if every.mass is not None:
+            kept = replace(kept, mass=_mass_of_kept(every.mass, retain, attended.received(q, self.softmax_scale)))
+        if (self._is_asked("after_prefill") or self._is_asked("every_n_steps")) and len(kept) > group.budget:
+            retain = self._answer(layer, group, held, kept, queries)
+            if retain.attend_index is not None:
+                raise PatchError(f"{self.method.method_name()}: attend_index says what attention reads, but it is asked behind attention")
+            kept = kept.merged(retain).at(retain.cache_index, retain.ok)
+        held.entries[number] = kept.owned()
+        return out, n_rows * len(attended), n_rows * len(kept)
+
+    def _with_new(self, held: Layer, number: int, k: Tensor, v: Tensor) -> Entries:
+        """What a group holds, and the entries of this scale."""
+        start = held.n_seen - k.shape[2]
+        old = held.entries[number]
+        if old is not None:
+            return old.followed_by(k, v, start)
+        mass = torch.zeros(k.shape[:3], device=k.device) if self._needs.attention_mass else None
+        # a layer that was released early starts anew in the middle of the sequence
+        position = None if start == 0 else torch.arange(start, held.n_seen, device=k.device, dtype=torch.int32).expand(k.shape[:3])
+        return Entries(k, v, position=position, mass=mass)
+
+    def _answer(self, layer: int, group: HeadGroup, held: Layer, every: Entries, queries: Tensor) -> Retain:
+        """What the method keeps of a group."""
+        position = every.positions()
+        ctx = CompressionContext(
+            layer=layer, step=self.scale, q=queries, k=every.k, v=every.v, scale=self.softmax_scale, position=position, valid=every.validity(),
+            q_position=torch.arange(held.n_seen - queries.shape[2], held.n_seen, device=queries.device).expand(queries.shape[0], -1),
+            attention_mass=every.mass, scale_shapes=self.schedule.sizes, entry_scale=self._scales(position), has_guidance_pairs=self.is_guided,
+            state=held.state,
+        )  # fmt: skip
+        # under autocast the products of a method's scores would lose the digits that tell entries apart
+        with torch.autocast(queries.device.type, enabled=False):
+            retain = self.method.select(ctx, group)
+        check_answer(retain, group, every, self.method.method_name())
+        return retain
+
+    def _groups(self, layer: int, held: Layer, *, n_heads: int) -> list[HeadGroup]:
+        """The layer's groups at this scale, without empty ones."""
+        name = self.method.method_name()
+        found = self.method.groups(self.info, layer, step=self.scale, n_entries=held.n_seen)
+        groups = [group for group in found if group.heads]
+        heads = [group.heads for group in groups]
+        if sorted(head for group in heads for head in group) != list(range(n_heads)):
+            raise PatchError(f"{name}: the groups of layer {layer} must hold each of its {n_heads} heads once, got {heads}")
+        if any(group.budget < 1 for group in groups):
+            raise PatchError(f"{name}: a budget of layer {layer} is below one entry: {[group.budget for group in groups]}")
+        if held.heads and held.heads != heads:
+            raise PatchError(f"{name}: the groups of layer {layer} changed within a generation, from {held.heads} to {heads}")
+        if not held.entries:
+            held.heads, held.entries = heads, [None] * len(heads)
+        return groups
+
+    def _is_asked(self, moment: str) -> bool:
+        """Whether the method is asked at this moment of this scale."""
+        return any(when.moment == moment and (moment != "every_n_steps" or (self.scale + 1) % (when.every or 1) == 0) for when in self.method.when)
+
+    def _with_earlier(self, held: Layer, q: Tensor) -> Tensor:
+        """This scale's queries, behind those of earlier scales where they are fewer than the method wants to see."""
+        if not self._needs.n_queries:
+            return q
+        joined = q if held.queries is None else torch.cat([held.queries, q], 2)
+        if not self.is_last_scale:
+            held.queries = joined[:, :, -self._needs.n_queries :].clone(memory_format=torch.contiguous_format)
+        return joined[:, :, -max(self._needs.n_queries, q.shape[2]) :]
+
+    def _of_heads(self, t: Tensor, heads: tuple[int, ...]) -> Tensor:
+        """(b, H, …) -> (b, heads, …), without a copy where they are neighbours."""
+        first = heads[0]
+        if heads == tuple(range(first, first + len(heads))):
+            return t[:, first : first + len(heads)]
+        key = (heads, t.device)
+        if key not in self._indexes:
+            # made once: a list would be sent to the device at every layer of every scale
+            self._indexes[key] = torch.tensor(heads, device=t.device)
+        return t.index_select(1, self._indexes[key])
+
+    def _scales(self, position: Tensor) -> Tensor:
+        """The scale of each position."""
+        if position.device not in self._scale_of:
+            self._scale_of[position.device] = self.schedule.scale_of_tokens(position.device)
+        return self._scale_of[position.device][position]
+
+    def _count_bytes(self) -> None:
+        self.counters().add_bytes(self.scale, self.cache_bytes())
+
+
+def _tensors(held: Layer) -> Iterator[Tensor]:
+    for entries in held.entries:
+        yield from () if entries is None else entries.tensors()
+    if held.queries is not None:
+        yield held.queries
+    yield from (value for value in held.state.values() if isinstance(value, Tensor))
+
+
+def _mass_of_kept(mass: Tensor, retain: Retain | None, received: Tensor) -> Tensor:
+    """The mass of the entries that stay, with what those that attention read have received now. mass: of all; received: of those read."""
+    if retain is None:
+        return mass + received
+    read = retain.cache_index if retain.attend_index is None else retain.attend_index
+    return mass.scatter_add(2, read, received).gather(2, retain.cache_index)

@@ -1,0 +1,137 @@
+"""The cache entries of one head group: b rows, H heads of the group, N entries, d channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from accel.errors import PatchError
+from accel.protocols import HeadGroup, Merge, Retain
+
+# of one chunk of the attention matrix while its columns are summed
+MAX_MATRIX_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Keys and values with the place each has in the whole sequence.
+
+    k, v: (b, H, N, d). position: (b, H, N) int32, or None while nothing was dropped and entry i stands at position i.
+    valid: (b, H, N) bool, or None where all are. mass: (b, H, N) fp32, the attention received so far; None where nobody asks.
+    """
+
+    k: Tensor
+    v: Tensor
+    position: Tensor | None = None
+    valid: Tensor | None = None
+    mass: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.k.shape[2]
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that takes memory."""
+        return [t for t in (self.k, self.v, self.position, self.valid, self.mass) if t is not None]
+
+    def positions(self) -> Tensor:
+        """(b, H, N) int64."""
+        if self.position is None:
+            return torch.arange(len(self), device=self.k.device).expand(self.k.shape[:3])
+        return self.position.long()
+
+    def validity(self) -> Tensor:
+        """(b, H, N) bool."""
+        return torch.ones(self.k.shape[:3], dtype=torch.bool, device=self.k.device) if self.valid is None else self.valid
+
+    def followed_by(self, k: Tensor, v: Tensor, start: int) -> Entries:
+        """These entries and the new ones, which stand at the positions from `start` on and have received no attention yet."""
+
+        def joined(old: Tensor | None, new: Tensor) -> Tensor | None:
+            return None if old is None else torch.cat([old, new.expand(k.shape[:3])], 2)
+
+        new = torch.arange(start, start + k.shape[2], device=k.device, dtype=torch.int32)
+        valid, mass = joined(self.valid, torch.ones_like(new, dtype=torch.bool)), joined(self.mass, torch.zeros_like(new, dtype=torch.float32))
+        return Entries(torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), joined(self.position, new), valid, mass)
+
+    def at(self, index: Tensor, ok: Tensor | None = None) -> Entries:
+        """The entries at `index` (b, H, n); where `ok` is False an entry is padding. The others are gone once nobody holds the old tensors."""
+        rows = index[..., None].expand(*index.shape, self.k.shape[3])
+        valid = None if self.valid is None else self.valid.gather(2, index)
+        if ok is not None:
+            valid = ok if valid is None else valid & ok
+        mass = None if self.mass is None else self.mass.gather(2, index)
+        return Entries(self.k.gather(2, rows), self.v.gather(2, rows), self.positions().gather(2, index).int(), valid, mass)
+
+    def owned(self) -> Entries:
+        """The same entries in memory that holds nothing else: fresh keys and values are views of a larger projection."""
+
+        def own(t: Tensor | None) -> Tensor | None:
+            is_whole = t is None or t.untyped_storage().nbytes() == t.numel() * t.element_size()
+            return t if t is None or is_whole else t.clone(memory_format=torch.contiguous_format)
+
+        k, v = own(self.k), own(self.v)
+        assert k is not None
+        assert v is not None
+        return Entries(k, v, own(self.position), own(self.valid), own(self.mass))
+
+    def merged(self, retain: Retain) -> Entries:
+        """The entries with the anchors of an answer's merge replaced by their weighted sums; all others bit for bit the same."""
+        merge = retain.merge
+        if merge is None:
+            return self
+        # a weight of 0 is padding and names nobody
+        counts = merge.weight != 0
+        named = torch.zeros(self.k.shape[:3], device=self.k.device).scatter_add(2, merge.anchor, counts.float())[..., None] > 0
+        k, v = (_weighted(t, merge) for t in (self.k, self.v))
+        k = F.normalize(k, dim=-1) if retain.renorm_keys else k
+        return replace(self, k=torch.where(named, k.to(self.k.dtype), self.k), v=torch.where(named, v.to(self.v.dtype), self.v))
+
+    def attention(self, q: Tensor, scale: float) -> Tensor:
+        """Attention of q (b, H, n, d) to all valid entries, without a mask among them: a scale sees itself and all before it."""
+        mask = None if self.valid is None else self.valid[:, :, None]
+        return F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask, scale=scale)
+
+    @torch.no_grad()
+    def received(self, q: Tensor, scale: float) -> Tensor:
+        """(b, H, N) fp32: the attention each entry receives from all queries together, summed chunk by chunk of them."""
+        with torch.autocast(q.device.type, enabled=False):
+            return self._received(q, scale)
+
+    def _received(self, q: Tensor, scale: float) -> Tensor:
+        keys = self.k.float().mT
+        total = torch.zeros(self.k.shape[:3], device=q.device)
+        for rows in torch.split(q.float(), max(1, MAX_MATRIX_ELEMENTS // total.numel()), 2):
+            scores = rows @ keys * scale
+            if self.valid is not None:
+                scores = scores.masked_fill(~self.valid[:, :, None], -torch.inf)
+            total += scores.softmax(-1).sum(2)
+        return total
+
+
+def _weighted(rows: Tensor, merge: Merge) -> Tensor:
+    """(b, H, N, d) fp32: at each anchor Σ weight · row[source], zeros elsewhere."""
+    anchor, source = (index[..., None].expand(*index.shape, rows.shape[3]) for index in (merge.anchor, merge.source))
+    parts = merge.weight.float()[..., None] * rows.float().gather(2, source)
+    return torch.zeros_like(rows, dtype=torch.float32).scatter_add(2, anchor, parts)
+
+
+def check_answer(retain: Retain, group: HeadGroup, entries: Entries, name: str) -> None:
+    """Raises PatchError where an answer breaks the protocol. Values are looked at on a CPU only, where nobody has to wait for them."""
+    expected = (*entries.k.shape[:2], group.budget)
+    label = f" {group.label}" if group.label else ""
+    shape = tuple(retain.cache_index.shape)
+    if shape != expected:
+        raise PatchError(f"{name}: an answer for the{label} heads {group.heads} must have the shape {expected}, got {shape}")
+    indexes = [retain.cache_index] if retain.attend_index is None else [retain.cache_index, retain.attend_index]
+    for index in indexes:
+        if index.shape[2] == 0 or index.shape[:2] != expected[:2]:
+            raise PatchError(f"{name}: an index of {tuple(index.shape)} for {expected[:2]} rows and heads; each must name at least one entry")
+        if index.device.type != "cpu":
+            continue
+        if not bool((index.diff(dim=-1) > 0).all()) or int(index.min()) < 0 or int(index.max()) >= len(entries):
+            raise PatchError(f"{name}: indexes must ascend within the {len(entries)} entries, without one twice")
+    if retain.ok is not None and retain.ok.device.type == "cpu" and not bool(retain.ok.any(-1).all()):
+        raise PatchError(f"{name}: a head was left without an entry")

@@ -1,0 +1,49 @@
+"""Random cache entries: the control that shows whether a ranking is worth more than its size."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel.patches._cache import UniformBudget, largest
+from accel.patches._options import is_whole, require
+from accel.protocols import CompressionContext, HeadGroup, Retain
+
+# SplitMix64 counts in steps of 2⁶⁴ / φ; written as the int64 of the same bits
+STEP = -7046029254386353131
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomKV(UniformBudget):
+    """Keeps random entries of each head, so many of all scales so far: the control for every cache method.
+
+    keep: how many. seed: with the layer and the head it gives every position its rank, for all images and both guidance rows alike.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, is_whole(self.seed), f"seed must be a whole number, got {self.seed!r}")
+
+    @torch.no_grad()
+    def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
+        """The entries whose positions rank highest; one rank for ever makes the survivors of every scale a fair draw of all before."""
+        keys = torch.tensor([self._key(ctx.layer, head) for head in group.heads], device=ctx.k.device)
+        ranks = mixed(keys[:, None] + ctx.position * STEP)
+        return Retain(largest(ranks.masked_fill(~ctx.valid, torch.iinfo(torch.int64).min), group.budget))
+
+    def _key(self, layer: int, head: int) -> int:
+        """Where the numbers of a head start: 64 bits that differ in seed, layer and head."""
+        return int.from_bytes(hashlib.blake2b(f"{self.seed} {layer} {head}".encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """Every int64 as another that looks random: the finaliser of SplitMix64. No generator, so nothing is stored and all devices agree."""
+    # >> of an int64 repeats the sign, which must not spread: the mask leaves the bits that were there
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return x ^ (x >> 31 & (1 << 33) - 1)

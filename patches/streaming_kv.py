@@ -1,0 +1,36 @@
+"""Sinks and a window of the newest entries (StreamingLLM, ICLR 2024, arXiv 2309.17453), the control that looks at nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from accel.patches._cache import UniformBudget, largest, newest
+from accel.patches._options import require_whole
+from accel.protocols import CompressionContext, HeadGroup, Retain
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingKV(UniformBudget):
+    """Keeps the first entries and the newest of each head (StreamingLLM, arXiv 2309.17453).
+
+    keep: how many in all. sinks: how many of them are the first; where the budget is smaller, all but one. Entries count in the order they were made:
+    scale by scale, row by row, so a window smaller than the last scale holds its lower rows.
+    """
+
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole(self, "sinks", 0)
+
+    @torch.no_grad()
+    def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
+        """The first entries and the newest, alike for all rows and heads."""
+        n_sinks = min(self.sinks, group.budget - 1)
+        places = torch.arange(ctx.k.shape[2], device=ctx.k.device)
+        stays = (places < n_sinks) | newest(ctx, group.budget - n_sinks)
+        # padding goes first, and is replaced by entries just before the window
+        scores = places.expand(ctx.valid.shape).masked_fill(~ctx.valid, -1)
+        return Retain(largest(scores, group.budget, forced=stays & ctx.valid))

@@ -21,8 +21,8 @@ from accel.recipe import Recipe
 from accel.registry import build, method_class
 from accel.tune_space import Space, describe, holds, options_at, stored_value, suggest
 
-# visual-token-pruning.md §4.7: 27 of 60 trials are spread evenly before the search learns from them
-N_SPREAD = 16       # trials drawn at random before the sampler learns from them
+# trials drawn at random before the sampler learns from them; the published search begins with 27 (visual-token-pruning.md §4.7)
+N_SPREAD = 16
 _SEEDS = 10_000     # trials of one search before the seeds of the next one begin
 
 

@@ -1,18 +1,20 @@
 """Controls: what runs beside a method with the same budget, so that a gain of its choice is not mistaken for a gain of its size.
 
 A sparse-attention control gets the density that the first sparse method reached on the very same prompt; a token-pruning control the share or count
-that the methods beside it are asked to keep. No method is named here: a control is whatever has the option `density` or `keep`.
+that the methods beside it are asked to keep, or the share that they reached on the very same prompt where that is another one: controls drop tokens
+in front of the decoder, others inside it. No method is named here: a control is whatever has the option `density` or `keep`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from accel.errors import OptionError
+from accel.errors import AccelError, OptionError
 from accel.evals.results import SampleRecord
-from accel.protocols import Method, SparseAttention, TokenPruning
+from accel.protocols import Method, ModelInfo, SparseAttention, TokenPruning, Unit
 from accel.registry import build, method_class
 
 # what a control shares with the method it is compared to, apart from the budget
@@ -20,34 +22,40 @@ _SHARED = (
     "block_size", "min_seq_len", "dense_layers", "dense_kernel", "precision", "position_mode", "newline", "min_tokens", "budget_scope",
 )  # fmt: skip
 _BUDGETS: dict[type[Method], str] = {SparseAttention: "density", TokenPruning: "keep"}
+# a picture of a usual size, on which what a method is asked to keep is compared to what the layers see; the rest is rounding
+_PICTURE = Unit(0, 576, 24, 24)
+_ROUNDING = 0.02
 
 
 @dataclass(frozen=True)
 class Control:
-    """label: its name in tables. name: of the method. references: labels that it is compared to; the budget is that of the first."""
+    """label: its name in tables. name: of the method. references: labels that it is compared to; the budget is that of the first.
+
+    keep: a share as a float or a count as an int; None for the share, or the density, that the first reference reached on the same prompt.
+    """
 
     label: str
     name: str
     references: tuple[str, ...]
+    keep: float | int | None = None
 
 
-def plan_controls(names: Sequence[str], methods: Mapping[str, Sequence[Method]]) -> list[Control]:
+def plan_controls(names: Sequence[str], methods: Mapping[str, Sequence[Method]], info: ModelInfo | None = None) -> list[Control]:
     """The controls that the methods (by label) need: one per name, for token pruning one per name and budget.
 
+    info: of the model, which tells whether its layers see on average what a method is asked to keep; without it, that is taken for granted.
     Raises OptionError for names without the option that sets the budget, and where no method is there to be compared to.
     """
-    return [control for name in names for control in _plan(name, methods)]
-
-
-def pruning_of(methods: Sequence[Method]) -> TokenPruning | None:
-    """The first method that drops visual tokens."""
-    return next((m for m in methods if isinstance(m, TokenPruning)), None)
+    return [control for name in names for control in _plan(name, methods, info)]
 
 
 def keep_of(methods: Sequence[Method]) -> float | int | None:
-    """What the first token-pruning method is asked to keep, a share as a float or a count as an int; None without such a method or option."""
-    pruning = pruning_of(methods)
-    keep = pruning.options().get("keep") if pruning else None
+    """What the methods are asked to keep, a share as a float or a count as an int.
+
+    None where none of them drops visual tokens, where several do, and where the one that does has no such option.
+    """
+    pruning = [m for m in methods if isinstance(m, TokenPruning)]
+    keep = pruning[0].options().get("keep") if len(pruning) == 1 else None
     return keep if isinstance(keep, float | int) else None
 
 
@@ -60,12 +68,11 @@ def swept(methods: Mapping[str, Sequence[Method]], keeps: Sequence[float | int])
     """The methods by label, those that can be told how much to keep once per value. Raises OptionError where none can."""
     found: dict[str, list[Method]] = {}
     for label, group in methods.items():
-        pruning = pruning_of(group)
-        if pruning is None or keep_of([pruning]) is None:
+        if keep_of(group) is None:
             found[label] = list(group)
             continue
         for keep in keeps:
-            changed = [build(m.method_name(), {**m.options(), "keep": keep}) if m is pruning else m for m in group]
+            changed = [build(m.method_name(), {**m.options(), "keep": keep}) if isinstance(m, TokenPruning) else m for m in group]
             found[" + ".join(describe(m) for m in changed)] = changed
     if not any(keep_of(group) is not None for group in found.values()):
         raise OptionError(f"keeps are tried on token-pruning methods that can be told how much to keep, got {', '.join(methods)}")
@@ -79,37 +86,77 @@ def describe(method: Method) -> str:
     return f"{method.method_name()}({', '.join(f'{name}={value}' for name, value in shown.items())})" if shown else method.method_name()
 
 
-def build_control(control: Control, methods: Sequence[Method], found: SampleRecord, *, seed: int) -> Method:
-    """The control as it runs on one prompt. methods: those it is compared to, found: their sample. seed: of its own draws, other ones per prompt."""
+def build_control(control: Control, methods: Sequence[Method], found: SampleRecord) -> Method:
+    """The control as it runs on one prompt. methods: those it is compared to, found: their sample; a control that draws draws anew for each."""
     known = _options(method_class(control.name))
-    kind = _kind(control.name)
-    reference = next(m for m in methods if isinstance(m, kind))
-    options = {**_shared(control.name, reference), **({"seed": seed} if "seed" in known else {})}
+    reference = _reference(control.name, methods)
+    assert reference is not None
+    options = {**_shared(control.name, reference), **({"seed": _seed(found)} if "seed" in known else {})}
     if isinstance(reference, SparseAttention):
         # where the reference ran dense throughout, so does its control; whatever length its crossover names, a control of a sparse run runs sparse
         dense: dict[str, Any] = {"density": 1.0}
         return build(control.name, {**options, **(dense if found.density is None else {"density": found.density, "min_seq_len": 0})})
-    keep = keep_of(methods)
-    if keep is None:
-        keep = 1.0 if found.kept_share is None else found.kept_share
-    return build(control.name, {**options, "keep": keep})
+    # a prompt that the reference left whole is no budget to be beaten at
+    is_reached = control.keep is None or (found.kept_share is None and bool(found.not_pruned))
+    return build(control.name, {**options, "keep": _reached(found) if is_reached else control.keep})
 
 
-def _plan(name: str, methods: Mapping[str, Sequence[Method]]) -> list[Control]:
+def _plan(name: str, methods: Mapping[str, Sequence[Method]], info: ModelInfo | None) -> list[Control]:
     option = _BUDGETS[_kind(name)]
-    beside = {label: m for label, group in methods.items() for m in group if isinstance(m, _kind(name)) and m.method_name() != name}
+    beside = {label: reference for label, group in methods.items() if (reference := _reference(name, group)) is not None}
     if not beside:
         what = {"density": "the density of a sparse-attention method", "keep": "the budget of a token-pruning method"}[option]
         raise OptionError(f"the control {name} runs at {what}: name one")
     if option == "density":
         return [Control(f"{name} (same density)", name, (next(iter(beside)),))]
-    groups: dict[str, list[str]] = {}
-    for label, pruning in beside.items():
-        keep = keep_of([pruning])
+    groups: dict[tuple[str, float | int | None], list[str]] = {}
+    for label, reference in beside.items():
+        keep = keep_of(methods[label])
+        if keep is not None and info is not None and not _sees_what_is_asked(reference, keep, info):
+            keep = None
         budget = f"share kept by {label}" if keep is None else f"keep {keep}"
-        shared = [f"{key} {value}" for key, value in _shared(name, pruning).items() if value != _default(name, key)]
-        groups.setdefault(f"{name} ({', '.join([budget, *shared])})", []).append(label)
-    return [Control(label, name, tuple(references)) for label, references in groups.items()]
+        shared = [f"{key} {value}" for key, value in _shared(name, reference).items() if value != _default(name, key)]
+        groups.setdefault((f"{name} ({', '.join([budget, *shared])})", keep), []).append(label)
+    return [Control(label, name, tuple(references), keep) for (label, keep), references in groups.items()]
+
+
+def _reference(name: str, methods: Sequence[Method]) -> Method | None:
+    """The first of the methods that this control can be compared to: of its kind, and not the same."""
+    return next((m for m in methods if isinstance(m, _kind(name)) and m.method_name() != name), None)
+
+
+def _sees_what_is_asked(method: Method, keep: float | int, info: ModelInfo) -> bool:
+    """Whether the decoder layers see, as a mean, what the method is asked to keep. False where only a run can tell."""
+    assert isinstance(method, TokenPruning)
+    try:
+        bound = method.bind(info)
+        stages = bound.stages(info)
+    except AccelError:
+        # it does not run on this model at all, and says so when it is applied
+        return True
+    if all(not stage.layer for stage in stages):
+        return True
+    seen, left, begin = 0, _PICTURE.n_tokens, 0
+    for stage in stages:
+        counts = bound.count(stage, [_PICTURE])
+        if counts is None:
+            return False
+        layer = stage.layer or 0
+        seen, left, begin = seen + left * (layer - begin), counts[0], layer
+    mean = (seen + left * (info.n_layers - begin)) / info.n_layers
+    wanted = keep if isinstance(keep, int) else keep * _PICTURE.n_tokens
+    return abs(mean - wanted) <= _ROUNDING * wanted
+
+
+def _reached(found: SampleRecord) -> float:
+    """The share that a method kept of one prompt, never nothing: a control keeps a token at least."""
+    least = 1 / max(found.visual_tokens, 1)
+    return 1.0 if found.kept_share is None else min(1.0, max(found.kept_share, least))
+
+
+def _seed(found: SampleRecord) -> int:
+    """Of a control's own draws: others for each prompt, and in each run of another seed."""
+    return int.from_bytes(hashlib.sha256(f"{found.seed} {found.sample}".encode()).digest()[:4])
 
 
 def _kind(name: str) -> type[Method]:

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import accel
-from accel.errors import OptionError, UnsupportedError
-from accel.evals.controls import Control, build_control, describe
+from accel.errors import UnsupportedError
+from accel.evals.attention_flow import attention_flow
+from accel.evals.controls import Control, describe
 from accel.evals.latency import quiet_notices
 from accel.evals.models import LoadedModel, LoadedVisionModel
 from accel.evals.overlays import JOINED, KEPT, MERGED, fate_maps, overlay, plain, png_bytes
 from accel.evals.picture_summary import series_of
-from accel.evals.pictures import Reply, inputs_of, picture_of, prompt_of, reply_to, seen_picture, vision_model
+from accel.evals.pictures import Reply, inputs_of, open_picture, picture_of, prompt_of, reply_to, seen_picture, vision_model
 from accel.evals.results import RunFolder, SampleKey, SampleRecord
 from accel.evals.summary import BASELINE
 from accel.evals.tasks import PictureTask, load_task
 from accel.protocols import Method
+from accel.registry import build
 from accel.stats import PruningEvent
 
 # of a sweep, one budget is shown: the one nearest to this share, where methods begin to differ
@@ -51,9 +53,10 @@ def run_gallery(
 ) -> list[dict[str, Any]]:
     """Draws a few pictures of finished samples, one of each task, under the methods and controls of one budget; saves them and returns their rows.
 
-    tasks: about pictures, those that passed the gate. Each row: file, title, caption, starts_row.
+    tasks: about pictures, those that passed the gate. What has not run on a picture is left out beside it.
+    Each row: file, title, caption, starts_row.
     """
-    labels = shown_labels(folder.records, [*methods, *(c.label for c in controls)])
+    labels = shown_labels(folder.records, list(methods), controls)
     rows: list[dict[str, Any]] = []
     for number, name in enumerate(tasks[:N_SCENES]):
         # another picture for every task, where there are enough
@@ -63,7 +66,7 @@ def run_gallery(
         key = SampleKey(name, BASELINE, 0, samples[number % len(samples)])
         found = {label: record for label in labels if (record := folder.get(key._replace(label=label))) is not None}
         if found:
-            rows += _scene(vision_model(loaded), folder, key, found, methods, controls)
+            rows += _scene(vision_model(loaded), folder, key, found, methods)
     return rows
 
 
@@ -75,7 +78,7 @@ def inspect_picture(
     must_apply: raise where a method does not run on this model; else a notice says why.
     """
     model = vision_model(loaded)
-    original = _opened(file)
+    original = open_picture(file)
     inputs = inputs_of(model, original, prompt_of(model, question))
     picture = seen_picture(model, inputs, original)
     dense = reply_to(model, inputs, N_WORDS)
@@ -103,19 +106,28 @@ def inspect_picture(
     return {"overlays": rows, "notices": notices}
 
 
-def shown_labels(records: Sequence[SampleRecord], labels: Sequence[str]) -> list[str]:
-    """Of each series, the label with the budget nearest to `SHOWN_SHARE`; series that drop no tokens are left out."""
+def inspect_attention(loaded: LoadedModel, file: Path, question: str) -> dict[str, Any]:
+    """`attention` for a result.json: what text and picture read in each layer, without any method."""
+    model = vision_model(loaded)
+    return attention_flow(model.model, inputs_of(model, open_picture(file), prompt_of(model, question)))
+
+
+def shown_labels(records: Sequence[SampleRecord], methods: Sequence[str], controls: Sequence[Control]) -> list[str]:
+    """Of each series of methods, the label whose share kept is nearest to `SHOWN_SHARE`, and the controls of those that were chosen.
+
+    Series that drop no tokens are left out.
+    """
     best: dict[str, tuple[float, str]] = {}
-    firsts = {r.label: r for r in reversed(records) if r.picture_hash is not None}
-    for label in labels:
+    firsts = {r.label: r for r in reversed(records) if r.picture_hash is not None and r.kept_share is not None}
+    for label in methods:
         record = firsts.get(label)
-        if record is None or record.kept_share is None or record.visual_tokens == 0:
+        if record is None or record.kept_share is None:
             continue
-        share = record.keep if isinstance(record.keep, float) else (record.kept_tokens or 0) / record.visual_tokens
-        distance = abs(share - SHOWN_SHARE)
+        distance = abs(record.kept_share - SHOWN_SHARE)
         if distance < best.get(series_of(record), (float("inf"), ""))[0]:
             best[series_of(record)] = (distance, label)
-    return [label for label in labels if label in {label for _, label in best.values()}]
+    chosen = {label for _, label in best.values()}
+    return [*(label for label in methods if label in chosen), *(c.label for c in controls if c.label in firsts and chosen & {*c.references})]
 
 
 def kept_text(events: Sequence[PruningEvent]) -> str:
@@ -131,16 +143,6 @@ def _stage_text(event: PruningEvent) -> str:
     return f"before layer {event.stage.layer}" if event.stage.boundary == "layer" else f"behind the {event.stage.boundary}"
 
 
-def _opened(file: Path) -> Any:
-    """The Pillow picture in a file, turned the way its camera says."""
-    from PIL import Image, ImageOps
-
-    try:
-        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-    except OSError as error:
-        raise OptionError(f"cannot read the picture {file}: {error}") from error
-
-
 def save_overlay(folder: Path, name: str, picture: Any) -> str:
     """Writes the Pillow picture under `folder` and returns its path inside it."""
     target = folder / FOLDER / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}.png"
@@ -150,9 +152,8 @@ def save_overlay(folder: Path, name: str, picture: Any) -> str:
 
 
 def _scene(
-    loaded: LoadedVisionModel, folder: RunFolder, key: SampleKey, found: Mapping[str, SampleRecord], methods: Mapping[str, Sequence[Method]],
-    controls: Sequence[Control],
-) -> list[dict[str, Any]]:  # fmt: skip
+    loaded: LoadedVisionModel, folder: RunFolder, key: SampleKey, found: Mapping[str, SampleRecord], methods: Mapping[str, Sequence[Method]]
+) -> list[dict[str, Any]]:
     task, dense = load_task(key.task), folder.get(key)
     assert isinstance(task, PictureTask)
     assert dense is not None
@@ -163,19 +164,20 @@ def _scene(
     about = f"{sample.question} Expected: {sample.answers[0]}. {_answer_text(BASELINE, dense)}"
     rows = [{"file": save_overlay(folder.path, stem, plain(picture)), "title": key.task, "caption": about, "starts_row": True}]
     for label, record in found.items():
-        applied = methods[label] if label in methods else [_control(label, controls, methods, folder, key)]
+        applied = methods[label] if label in methods else [build(name, options) for entry in record.options for name, options in entry.items()]
         shown = watch_reply(loaded, inputs, applied, max_new_tokens=1)
         drawn = overlay(picture, fate_maps(shown.events)) if shown.events else plain(picture)
         file = save_overlay(folder.path, f"{stem}-{label}", drawn)
-        rows.append({"file": file, "title": label, "caption": f"{kept_text(shown.events)}. {_answer_text('', record)}", "starts_row": False})
+        rows.append({"file": file, "title": label, "caption": f"{_reached_text(record, shown)}. {_answer_text('', record)}", "starts_row": False})
     return rows
 
 
-def _control(label: str, controls: Sequence[Control], methods: Mapping[str, Sequence[Method]], folder: RunFolder, key: SampleKey) -> Method:
-    control = next(c for c in controls if c.label == label)
-    reference = folder.get(key._replace(label=control.references[0]))
-    assert reference is not None
-    return build_control(control, methods[control.references[0]], reference, seed=key.sample)
+def _reached_text(record: SampleRecord, shown: Shown) -> str:
+    """What is left in the end, and the mean over the decoder layers where that is more."""
+    text = kept_text(shown.events)
+    if record.kept_share is None or record.kept_tokens is None or abs(record.kept_share * record.visual_tokens - record.kept_tokens) < 0.5:
+        return text
+    return f"{text} in the end, {100 * record.kept_share:.1f} % as a mean over the layers"
 
 
 def _answer_text(label: str, record: SampleRecord) -> str:

@@ -21,7 +21,7 @@ import accel
 from accel.errors import AccelError, OptionError
 from accel.evals.latency import quiet_notices
 from accel.evals.models import LoadedModel
-from accel.evals.pictures import inputs_of, picture_of, prompt_of, vision_model
+from accel.evals.pictures import inputs_of, open_picture, picture_of, prompt_of, vision_model
 from accel.protocols import Objective
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def _folder(path: Path) -> list[Asked]:
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise OptionError(f"the folder {path} holds no pictures ({', '.join(SUFFIXES)})")
-    return [(partial(_open, file), QUESTION) for file in files]
+    return [(partial(open_picture, file), QUESTION) for file in files]
 
 
 def _lines(path: Path) -> list[Asked]:
@@ -151,16 +151,7 @@ def _lines(path: Path) -> list[Asked]:
         file = path.parent / row["image"]
         if not file.is_file():
             raise OptionError(f"{path}, line {number}: there is no picture {file}")
-        found.append((partial(_open, file), row["text"]))
+        found.append((partial(open_picture, file), row["text"]))
     if not found:
         raise OptionError(f"{path} is empty")
     return found
-
-
-def _open(file: Path) -> Any:
-    from PIL import Image
-
-    try:
-        return Image.open(file).convert("RGB")
-    except OSError as error:
-        raise OptionError(f"cannot read the picture {file}: {error}") from error

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from accel.evals.controls import Control
 from accel.evals.results import SampleRecord
-from accel.evals.summary import BASELINE
+from accel.evals.summary import BASELINE, asked_of, kept_share_of, kept_tokens_of
 from accel.evals.tasks import PictureTask, load_task
+from accel.evals.visual_layers import Prices, exit_row, mean_last_layer, savings
 
 # a task speaks for a model only where the whole picture beats not looking, and guessing among what is there, by so much (small-models.md §9.5)
 GATE = 0.20
+# a sum of shares such as 0.3 + 0.2 may lie a rounding above what it stands for
+_SLACK = 1e-9
 # below so many questions, a gate is decided by chance more than by the model
 FEW = 50
+# the bootstrap of fewer pictures gives intervals that are far too narrow
+FEWEST_PICTURES = 20
 N_DRAWS = 4000
 
 
@@ -31,10 +37,12 @@ class Estimate:
         return {"value": self.value, "stderr": self.stderr, "n": self.n}
 
 
-def summarise_pictures(records: Iterable[SampleRecord], methods: Sequence[str], controls: Sequence[Control]) -> dict[str, Any]:
-    """Sections of a result.json: `gates`, `means` and `paired`; empty without questions about pictures.
+def summarise_pictures(
+    records: Iterable[SampleRecord], methods: Sequence[str], controls: Sequence[Control], prices: Prices | None = None
+) -> dict[str, Any]:
+    """Sections of a result.json: `gates`, `means`, `exits` and `paired`; empty without questions about pictures.
 
-    methods: labels in the order of the tables; controls: what they are paired with, beside dense.
+    methods: labels in the order of the tables; controls: what they are paired with, beside dense. prices: of the model, to tell what was saved.
     """
     mine = [r for r in records if r.picture_hash is not None]
     if not mine:
@@ -46,12 +54,14 @@ def summarise_pictures(records: Iterable[SampleRecord], methods: Sequence[str], 
         if record.task in passing:
             by_label.setdefault(record.label, []).append(record)
     labels = [BASELINE, *methods, *(control.label for control in controls)]
+    n_asked = len({(r.task, r.sample) for rows in by_label.values() for r in rows})
     pairs = [(label, BASELINE) for label in methods]
     pairs += [(label, control.label) for control in controls for label in control.references]
     in_order = sorted(pairs, key=lambda pair: labels.index(pair[0]))
     return {
         "gates": gates,
-        "means": [_mean_row(by_label[label]) for label in labels if label in by_label],
+        "means": _in_series([_mean_row(by_label[label], n_asked, prices) for label in labels if label in by_label]),
+        "exits": [row for label in labels if (row := exit_row(by_label.get(label, []))) is not None],
         "paired": [row for a, b in in_order if (row := paired_row(by_label.get(a, []), by_label.get(b, []))) is not None],
     }
 
@@ -66,7 +76,7 @@ def gate_rows(records: Sequence[SampleRecord]) -> list[dict[str, Any]]:
             continue
         score = mean_of(dense)
         chances = dict(task.baselines([r.sample for r in dense], dense[0].seed))
-        passes = score.value >= max(chances.values()) + GATE
+        passes = score.value >= max(chances.values()) + GATE - _SLACK
         found.append({"task": name, "dense": score.as_dict(), "baselines": chances, "passes": passes})
     return found
 
@@ -90,16 +100,18 @@ def clustered(values: Sequence[float], groups: Sequence[str]) -> Estimate:
 def paired_row(method: Sequence[SampleRecord], other: Sequence[SampleRecord]) -> dict[str, Any] | None:
     """How much more often the method is right than the other on the questions that both answered; None where there is none.
 
-    interval: 95 % by resampling pictures, the pairs kept together. only_method, only_other: questions that one of them alone got right.
+    interval: 95 % by resampling pictures, the pairs kept together; None below `FEWEST_PICTURES`. only_method, only_other: questions that one of them
+    alone got right.
     """
     pairs = _pairs(method, other)
     if not pairs:
         return None
     differences, pictures = [a.exact - b.exact for a, b in pairs], [_picture(a) for a, _ in pairs]
-    found = clustered(differences, pictures)
+    found, n_pictures = clustered(differences, pictures), len(set(pictures))
+    interval = bootstrap(differences, pictures) if n_pictures >= FEWEST_PICTURES else None
     return {
-        "label": method[0].label, "other": other[0].label, "keep": method[0].keep, "difference": found.value, "stderr": found.stderr, "n": found.n,
-        "n_pictures": len(set(pictures)), "interval": bootstrap(differences, pictures), "only_method": sum(d > 0 for d in differences),
+        "label": method[0].label, "other": other[0].label, "keep": asked_of(method), "difference": found.value, "stderr": found.stderr, "n": found.n,
+        "n_pictures": n_pictures, "interval": interval, "only_method": sum(d > 0 for d in differences),
         "only_other": sum(d < 0 for d in differences),
     }  # fmt: skip
 
@@ -127,21 +139,33 @@ def left_out(gates: Sequence[Mapping[str, Any]]) -> list[str]:
         if not gate["passes"]
     ]
     fewest = min((gate["dense"]["n"] for gate in gates), default=FEW)
-    few = f"the gate was decided on {fewest} questions per task: --samples {FEW} or more make it worth something"
+    few = f"the gate was decided on {fewest} {'question' if fewest == 1 else 'questions'} per task: --samples {FEW} or more make it worth something"
     return [*lines, few] if fewest < FEW else lines
 
 
-def _mean_row(records: Sequence[SampleRecord]) -> dict[str, Any]:
-    """Score over all passing tasks, what was kept, and the series that the label belongs to when the budget varies."""
-    first = records[0]
-    shares = [r.kept_share for r in records if r.kept_share is not None]
-    left = [r.kept_tokens for r in records if r.kept_tokens is not None]
+def unfinished(means: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each row of `means` without a score."""
+    return [f"{mean['label']}: no mean yet, {mean['note']}" for mean in means if mean["score"] is None]
+
+
+def _mean_row(records: Sequence[SampleRecord], n_asked: int, prices: Prices | None) -> dict[str, Any]:
+    """Score over all passing tasks, what was kept, and the series that the label belongs to when the budget varies.
+
+    n_asked: questions that any label answered. A label that misses some has no score, and a note says so: its mean would be one of other questions.
+    """
+    first, n = records[0], len(records)
     return {
-        "label": first.label, "series": series_of(first), "keep": first.keep, "is_baseline": first.label == BASELINE,
-        "score": mean_of(records).as_dict(), "kept_share": math.fsum(shares) / len(shares) if shares else None,
-        "kept_tokens": sum(left) / len(left) if left else None,
-        "visual_tokens": sum(r.visual_tokens for r in records) / len(records),
+        "label": first.label, "series": series_of(first), "keep": asked_of(records), "is_baseline": first.label == BASELINE,
+        "score": mean_of(records).as_dict() if n == n_asked else None, "note": "" if n == n_asked else f"{n} of {n_asked} questions answered",
+        "kept_share": kept_share_of(records), "kept_tokens": kept_tokens_of(records),
+        "visual_tokens": sum(r.visual_tokens for r in records) / n, "last_visual_layer": mean_last_layer(records), **savings(records, prices),
     }  # fmt: skip
+
+
+def _in_series(means: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, those that are alone in their series named by their label: the options of a recipe are no name."""
+    members = Counter(mean["series"] for mean in means)
+    return [mean if members[mean["series"]] > 1 else {**mean, "series": mean["label"]} for mean in means]
 
 
 def series_of(record: SampleRecord) -> str:

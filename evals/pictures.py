@@ -6,6 +6,7 @@ import string
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,8 +33,20 @@ def vision_model(loaded: LoadedModel) -> LoadedVisionModel:
     """The same object, where it can be given pictures; else OptionError."""
     if isinstance(loaded, LoadedVisionModel) and "picture" in loaded.reads:
         return loaded
-    why = "it came without a processor" if isinstance(loaded, LoadedVisionModel) else "it is a text model"
+    why = "it draws pictures" if "class" in loaded.reads else "it is a text model"
+    if isinstance(loaded, LoadedVisionModel):
+        why = "it came without a processor"
     raise OptionError(f"{loaded.name} cannot be asked about pictures: {why}. small-vlm can, and so can vision-language models with a processor")
+
+
+def open_picture(file: Path) -> Any:
+    """The Pillow picture in a file, turned the way its camera says. Raises OptionError where it cannot be read."""
+    from PIL import Image, ImageOps
+
+    try:
+        return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    except OSError as error:
+        raise OptionError(f"cannot read the picture {file}: {error}") from error
 
 
 def picture_of(image: Any) -> Any:
@@ -97,7 +110,7 @@ def reply_to(loaded: LoadedVisionModel, inputs: dict[str, Any], max_new_tokens: 
         )  # fmt: skip
     prompt = inputs["input_ids"]
     text = loaded.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
-    return Reply(text.strip(), prefill_ms[0], prompt.shape[1], _n_visual(loaded.model.config, prompt))
+    return Reply(text.strip(), prefill_ms[0], prompt.shape[1], int(is_placeholder(loaded.model.config, prompt).sum()))
 
 
 def ask(loaded: LoadedVisionModel, sample: PictureSample, *, on_prefill: Callable[[], None] | None = None) -> Reply:
@@ -126,12 +139,12 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).strip(string.punctuation + " ")
 
 
-def _n_visual(config: Any, ids: Tensor) -> int:
-    """Placeholders of pictures in the prompt; 0 where the config names none."""
+def is_placeholder(config: Any, ids: Tensor) -> Tensor:
+    """Which tokens of a prompt stand for pictures, bool like `ids`; none where the config names no placeholder."""
     for name in ("image_token_id", "image_token_index"):
         if (placeholder := getattr(config, name, None)) is not None:
-            return int((ids == placeholder).sum())
-    return 0
+            return ids.eq(placeholder)
+    return torch.zeros_like(ids, dtype=torch.bool)
 
 
 def _now(inputs: dict[str, Any]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -80,26 +81,64 @@ def accuracy_keep_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, 
 
     rows: series, share, score, stderr, is_baseline; a baseline is drawn across the whole width.
     """
-    with _figure(width=8.6, height=4.1) as (figure, axes):
+    # long names stand below each other
+    n_columns = 1 if max(map(len, colours)) > 40 else 3
+    with _figure(width=8.6, height=3.8 + 0.18 * -(-len(colours) // n_columns)) as (figure, axes):
         for number, (series, colour) in enumerate(colours.items()):
             mine = sorted((r for r in rows if r["series"] == series), key=lambda r: r["share"])
             if mine and mine[0]["is_baseline"]:
                 value, error = mine[0]["score"], mine[0]["stderr"] or 0.0
-                axes.axhline(value, label=series, color=colour, linestyle="--", linewidth=1.4)
+                axes.axhline(value, label=_short_floats(series), color=colour, linestyle="--", linewidth=1.4)
                 axes.axhspan(value - error, value + error, color=colour, alpha=0.15, linewidth=0)
             elif mine:
                 errors = [r["stderr"] or 0.0 for r in mine]
                 # a little apart, so that series of the same score do not hide each other
                 places = [r["share"] * 1.015 ** (number - len(colours) / 2) for r in mine]
-                axes.errorbar(places, [r["score"] for r in mine], yerr=errors, label=series, color=colour, marker="o",
+                axes.errorbar(places, [r["score"] for r in mine], yerr=errors, label=_short_floats(series), color=colour, marker="o",
                               markersize=5, linewidth=1.8, capsize=3, elinewidth=1)  # fmt: skip
-        shares = sorted({r["share"] for r in rows if not r["is_baseline"]})
+        shares = _apart(sorted({r["share"] for r in rows if not r["is_baseline"]}))
         axes.set_xscale("log")
+        # a single budget gives the axis no extent
+        axes.set_xlim(min(shares) / 1.25, max(r["share"] for r in rows if not r["is_baseline"]) * 1.25)
         axes.set_xticks(shares, [f"{100 * share:.3g} %" for share in shares])
         axes.minorticks_off()
         axes.set_ylim(-0.03, 1.05)
-        axes.set_xlabel("visual tokens kept, as asked for")
+        axes.set_xlabel("visual tokens kept, as a mean over the layers")
         axes.set_ylabel("share of right answers")
+        figure.legend(loc="outside lower left", frameon=False, ncols=n_columns, fontsize=8)
+        return _svg(figure)
+
+
+def exit_plot(counts: Mapping[str, Sequence[int]], colours: Mapping[str, str]) -> str:
+    """SVG of the share of questions by the last layer with visual tokens, tasks on top of each other. counts: by task, a number per layer."""
+    n_layers = len(next(iter(counts.values())))
+    total = sum(map(sum, counts.values()))
+    bottom = [0.0] * n_layers
+    with _figure(width=4.3, height=3.4) as (figure, axes):
+        for task, own in counts.items():
+            heights = [n / total for n in own]
+            axes.bar(range(n_layers), heights, bottom=bottom, width=0.8, label=task, color=colours[task])
+            bottom = [below + height for below, height in zip(bottom, heights, strict=True)]
+        axes.grid(visible=False, axis="x")
+        axes.set_axisbelow(True)
+        _layer_axis(axes, n_layers)
+        axes.set_xlabel("last layer with visual tokens")
+        axes.set_ylabel("share of the questions")
+        figure.legend(loc="outside lower left", frameon=False, ncols=4, fontsize=8, handletextpad=0.4, columnspacing=1.2, handlelength=1.0)
+        return _svg(figure)
+
+
+def attention_plot(layers: Sequence[Mapping[str, Any]]) -> str:
+    """SVG of shares of attention by layer. layers: layer, and the shares by name."""
+    lines = (("text_to_visual", "text → picture"), ("text_to_text", "text → text"), ("visual_to_visual", "picture → picture"))
+    with _figure(width=8.6, height=3.9) as (figure, axes):
+        for (name, label), colour in zip(lines, COLOURS, strict=False):
+            x, y = [row["layer"] for row in layers], [row[name] for row in layers]
+            axes.plot(x, y, label=label, color=colour, marker="o", markersize=4, linewidth=1.8)
+        _layer_axis(axes, max(row["layer"] for row in layers) + 1)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("decoder layer (in the paper's reading: fusion → intra-modality → multimodal)")
+        axes.set_ylabel("share of attention")
         figure.legend(loc="outside right center", frameon=False)
         return _svg(figure)
 
@@ -155,6 +194,28 @@ def _figure(*, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
         yield figure, axes
+
+
+def _apart(ascending: Sequence[float]) -> list[float]:
+    """Numbers on a logarithmic axis without those whose labels would lie on their neighbour's."""
+    found: list[float] = []
+    for value in ascending:
+        if not found or value >= 1.2 * found[-1]:
+            found.append(value)
+    return found
+
+
+def _layer_axis(axes: Axes, n_layers: int) -> None:
+    """All layers on the x axis, also those without anything; numbers are whole."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(-0.6, n_layers - 0.4)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
+
+
+def _short_floats(text: str) -> str:
+    """A label whose long numbers are cut to three digits, in lines that fit under a plot."""
+    return textwrap.fill(re.sub(r"\d+\.\d{4,}(?:e[-+]?\d+)?", lambda found: f"{float(found[0]):.3g}", text), 110)
 
 
 def _plain_ticks(axes: Axes) -> None:

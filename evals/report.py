@@ -11,8 +11,9 @@ from typing import Any
 
 from accel.errors import AccelError
 from accel.evals import plots
+from accel.evals.drawn import drawn_sections
 from accel.evals.overlays import data_address
-from accel.evals.report_pictures import picture_sections, points, share_asked, text_scores
+from accel.evals.report_pictures import picture_sections, points, share_kept, spread_exits, text_scores
 from accel.evals.report_sections import Row, Section, Table, milliseconds, number, ratio, score_cell, sections
 
 NEEDED_FOR_HTML = ("jinja2", "matplotlib")
@@ -91,7 +92,7 @@ def render_markdown(result: Mapping[str, Any]) -> str:
 
 def all_sections(result: Mapping[str, Any]) -> list[Section]:
     """Everything that the result holds, in reading order."""
-    return [*picture_sections(result), *sections({**result, "scores": text_scores(result)})]
+    return [*drawn_sections(result), *picture_sections(result), *sections({**result, "scores": text_scores(result)})]
 
 
 def render_html(result: Mapping[str, Any], folder: Path | None = None) -> str:
@@ -125,7 +126,8 @@ def figures_of(result: Mapping[str, Any]) -> list[Figure]:
     colours = plots.colour_by_label([*latency, *scores])
     figures = [figure for metric, unit, name in (("ttft_ms", 1e3, "time to first token, s"), ("tpot_ms", 1.0, "time per output token, ms"))
                if (figure := _time_figure(metric, latency, colours, unit=unit, y_label=name))]  # fmt: skip
-    return [*figures, *_accuracy_figures(scores, colours), *_keep_figures(result.get("means", [])), *_map_figures(result.get("block_maps", []))]
+    about_pictures = [*_keep_figures(result.get("means", [])), *_exit_figures(spread_exits(result)), *_attention_figures(result.get("attention"))]
+    return [*figures, *_accuracy_figures(scores, colours), *about_pictures, *_map_figures(result.get("block_maps", []))]
 
 
 def cards(result: Mapping[str, Any]) -> list[Card]:
@@ -155,13 +157,13 @@ def cards(result: Mapping[str, Any]) -> list[Card]:
 def _picture_cards(means: Sequence[Row], paired: Sequence[Row]) -> list[Card]:
     """The mean score of the first series at each budget, and the first few comparisons."""
     focus = next((m["series"] for m in means if not m["is_baseline"]), None)
-    mine = sorted((m for m in means if m["series"] == focus and not m["is_baseline"]), key=share_asked, reverse=True)
+    mine = sorted((m for m in means if m["series"] == focus and m["score"] and not m["is_baseline"]), key=share_kept, reverse=True)
     by_label = {m["label"]: m for m in means}
     cards = []
     for mean in mine:
-        others = [by_label[row["other"]] for row in paired if row["label"] == mean["label"]]
+        others = [other for row in paired if row["label"] == mean["label"] and (other := by_label[row["other"]])["score"]]
         beside = " · ".join(f"{other['series']} {points(other['score'])}" for other in others)
-        cards.append(Card(f"{points(mean['score'])} %", f"{focus}, {100 * share_asked(mean):.3g} % of the picture's tokens", beside))
+        cards.append(Card(f"{points(mean['score'])} %", f"{focus}, {100 * share_kept(mean):.3g} % of the picture's tokens", beside))
     return cards
 
 
@@ -196,8 +198,9 @@ def _accuracy_figures(scores: Sequence[Row], colours: Mapping[str, str]) -> list
 
 def _keep_figures(means: Sequence[Row]) -> list[Figure]:
     rows = [
-        {"share": share_asked(m), "score": m["score"]["value"], "stderr": m["score"]["stderr"], **{key: m[key] for key in ("series", "is_baseline")}}
+        {"share": share_kept(m), "score": m["score"]["value"], "stderr": m["score"]["stderr"], **{key: m[key] for key in ("series", "is_baseline")}}
         for m in means
+        if m["score"]
     ]
     if all(row["is_baseline"] for row in rows):
         return []
@@ -206,11 +209,27 @@ def _keep_figures(means: Sequence[Row]) -> list[Figure]:
     return [Figure("kept", "", caption, svg=plots.accuracy_keep_plot(rows, colours))]
 
 
+def _exit_figures(exits: Sequence[Row]) -> list[Figure]:
+    """One histogram per method; a task has the same colour in all of them."""
+    tasks = dict.fromkeys(task for row in exits for task in row["counts"])
+    colours = plots.colour_by_label([{"label": task} for task in tasks])
+    return [
+        Figure("exits", row["label"], caption, svg=plots.exit_plot(row["counts"], colours))
+        for row in exits
+        for caption in [f"Mean: layer {number(row['mean'], 2)} of 0–{row['n_layers'] - 1}."]
+    ]
+
+
+def _attention_figures(attention: Row | None) -> list[Figure]:
+    return [Figure("attention", "", "", svg=plots.attention_plot(attention["layers"]))] if attention else []
+
+
 def _overlay_figures(result: Mapping[str, Any], folder: Path) -> list[Figure]:
     """The pictures that the result names, read from its folder."""
     return [
-        Figure("overlays", row["title"], row["caption"], image=data_address((folder / row["file"]).read_bytes()), starts_row=row["starts_row"])
-        for row in result.get("overlays", [])
+        Figure(section, row["title"], row["caption"], image=data_address((folder / row["file"]).read_bytes()), starts_row=row["starts_row"])
+        for section, key in (("overlays", "overlays"), ("drawn", "grids"))
+        for row in result.get(key, [])
     ]
 
 

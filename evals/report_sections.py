@@ -269,6 +269,10 @@ def mebibytes(n_bytes: int | None) -> str:
     return "–" if n_bytes is None else f"{n_bytes / 2**20:.0f} MiB"
 
 
+def kibibytes(n_bytes: float | None) -> str:
+    return "–" if n_bytes is None else f"{n_bytes / 2**10:.0f} KiB" if n_bytes < 2**20 else f"{n_bytes / 2**20:.1f} MiB"
+
+
 def score_cell(score: Row) -> str:
     """ "0.98 ± 0.02"; without a standard error only the value."""
     return number(score["value"], 2) if score.get("stderr") is None else f"{number(score['value'], 2)} ± {score['stderr']:.2f}"

@@ -41,7 +41,9 @@ class SampleRecord:
 
     picture_hash: the same for questions about one picture. visual_tokens: tokens of the picture; kept_tokens of them were left behind the last
     layer at which tokens leave, and kept_share as a mean over the decoder layers; both None where nothing was asked to leave. keep: what was asked
-    for, a share or a count. not_pruned: prompts left whole, by reason.
+    for, a share or a count. not_pruned: prompts left whole, by reason. structural_tokens: visual tokens without a patch, such as row ends.
+    layer_tokens: visual tokens, structural ones included, that reached each decoder layer; None where no method could drop any, and in older runs.
+    features: what the judge makes of a picture that the model drew, and prefill_ms is the time of the whole picture then; None for other samples.
     """
 
     task: str
@@ -70,6 +72,14 @@ class SampleRecord:
     kept_share: float | None = None
     keep: float | int | None = None
     not_pruned: dict[str, int] = field(default_factory=dict)
+    structural_tokens: int = 0
+    layer_tokens: list[int] | None = None
+    features: list[float] | None = None
+
+    @property
+    def last_visual_layer(self) -> int | None:
+        """The last decoder layer with visual tokens, −1 where none had any; None where `layer_tokens` is."""
+        return None if self.layer_tokens is None else max((i for i, n in enumerate(self.layer_tokens) if n), default=-1)
 
     @property
     def key(self) -> SampleKey:
@@ -89,20 +99,29 @@ class RunFolder:
     def create(cls, path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> RunFolder:
         """Makes the folder and writes `config.yaml`; with `resume`, goes on with the samples of an earlier run of the same settings.
 
-        Raises AccelError where the folder holds a run already, where the settings of an earlier run differ (naming them), and where its samples
-        cannot be read. A last line that a kill left half-written is taken off.
+        Raises AccelError as `check` does, and where the samples of an earlier run cannot be read. A last line that a kill left half-written is
+        taken off.
         """
         import yaml
 
         folder, plain = Path(path), dict(config)
-        settings, samples = folder / "config.yaml", folder / "samples.jsonl"
-        if settings.exists() or samples.exists():
-            if not resume:
-                raise AccelError(f"{folder} holds a run already: choose another folder with --out, or go on with it by --resume")
-            _same_settings(folder, yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}, plain)
+        cls.check(folder, plain, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(settings, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-        return cls(folder, plain, _read_samples(samples))
+        _write(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        return cls(folder, plain, _read_samples(folder / "samples.jsonl"))
+
+    @staticmethod
+    def check(path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
+        """Raises AccelError where the folder holds samples of a run already; with `resume`, where its settings differ (naming them)."""
+        import yaml
+
+        folder = Path(path)
+        settings, samples = folder / "config.yaml", folder / "samples.jsonl"
+        has_samples = samples.exists() and samples.stat().st_size > 0
+        if has_samples and not resume:
+            raise AccelError(f"{folder} holds a run already: choose another folder with --out, or go on with it by --resume")
+        if resume and (has_samples or settings.exists()):
+            _same_settings(folder, yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}, config)
 
     @property
     def records(self) -> list[SampleRecord]:
@@ -199,7 +218,9 @@ def _same_settings(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
     earlier = old.get("methods") or {}
     changed += [f"method {label}" for label, methods in (now.get("methods") or {}).items() if earlier.get(label, methods) != methods]
     if changed:
-        raise AccelError(f"{folder} cannot be resumed: {', '.join(changed)} differ from its config.yaml. Use the same settings, or another --out")
+        names = {"reference": "the first sparse method (the controls get its density)"}
+        differing = f"{', '.join(names.get(key, key) for key in changed)} {'differs' if len(changed) == 1 else 'differ'}"
+        raise AccelError(f"{folder} cannot be resumed: {differing} from its config.yaml. Use the same settings, or another --out")
 
 
 def _read_samples(path: Path) -> list[SampleRecord]:

@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import accel
 from accel.errors import AccelError, OptionError
 from accel.evals.controls import Control, build_control, keep_of, plan_controls
+from accel.evals.drawn import draw_sample, image_model
 from accel.evals.latency import quiet_notices
 from accel.evals.models import LoadedModel
 from accel.evals.pictures import ask, is_right, vision_model
 from accel.evals.results import RunFolder, SampleKey, SampleRecord
 from accel.evals.scoring import score
 from accel.evals.summary import BASELINE, summarise
-from accel.evals.tasks import PictureSample, Sample, Task, load_task
-from accel.protocols import Method
+from accel.evals.tasks import ClassSample, PictureSample, Sample, Task, load_task
+from accel.evals.visual_layers import layer_tokens
+from accel.patching import host_for
+from accel.protocols import Method, ModelInfo
+from accel.stats import PruningEvent
 
 if TYPE_CHECKING:
     from accel.handle import Handle
 
-AnySample = Sample | PictureSample
+AnySample = Sample | PictureSample | ClassSample
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ def run_accuracy(
     lengths: of text prompts; tasks about pictures have none. controls: names of methods that run beside the others at the same budget (controls.py).
     limit: stops after so many new samples. Samples already in `folder` are not run again. Batch 1; each method is taken off again.
     """
-    _check(loaded, methods, tasks, lengths, n)
-    planned = plan_controls(controls, methods)
+    check_run(loaded, methods, tasks, lengths, n)
+    planned = plan_controls(controls, methods, model_info(loaded))
     wanted = wanted_samples(methods, tasks, lengths, n=n, controls=planned)
     done = folder.done()
     missing = [key for key in wanted if key not in done]
@@ -79,6 +83,12 @@ def wanted_samples(
     ]
 
 
+def model_info(loaded: LoadedModel) -> ModelInfo:
+    """What methods and the plan of their controls may know of the model."""
+    info: ModelInfo = host_for(loaded.model).describe(loaded.model)
+    return info
+
+
 def rows_of(folder: RunFolder, wanted: Sequence[SampleKey]) -> list[dict[str, Any]]:
     """Rows of the finished samples among `wanted`, in that order."""
     groups: dict[Block, list[SampleRecord]] = {}
@@ -89,7 +99,21 @@ def rows_of(folder: RunFolder, wanted: Sequence[SampleKey]) -> list[dict[str, An
     return [summarise(records, load_task(block.task).metric) for block, records in groups.items()]
 
 
-def _check(loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], n: int) -> None:
+def require_kinds(name: str, reads: Sequence[str], tasks: Sequence[str]) -> None:
+    """Raises OptionError where the model of that name cannot be given the samples of one of the tasks. reads: the kinds that it can be given."""
+    asked = {kind: ", ".join(task for task in tasks if load_task(task).kind == kind) for kind in ("text", "picture", "class")}
+    if asked["picture"] and "picture" not in reads:
+        raise OptionError(f"{name} cannot be asked about pictures (tasks: {asked['picture']}). small-vlm can, with --model small-vlm")
+    if asked["class"] and "class" not in reads:
+        raise OptionError(f"{name} draws no pictures of classes, as {asked['class']} ask for. small-var does, with --model small-var")
+    if asked["text"] and "text" not in reads:
+        instead = "knows only questions about pictures, asked for the text tasks {}: try --tasks scenes"
+        if "picture" not in reads:
+            instead = "draws pictures and reads no text, asked for the text tasks {}"
+        raise OptionError(f"{name} {instead.format(asked['text'])}")
+
+
+def check_run(loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], n: int) -> None:
     """Everything that can be known before the first prompt, so that a long run does not fail in the middle."""
     if n < 1:
         raise OptionError(f"the number of samples must be at least 1, got {n}")
@@ -98,9 +122,7 @@ def _check(loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], tasks: 
     kinds = {load_task(task).kind for task in tasks}
     if "picture" in kinds:
         vision_model(loaded)
-    if "text" in kinds and "text" not in loaded.reads:
-        asked = ", ".join(task for task in tasks if load_task(task).kind == "text")
-        raise OptionError(f"{loaded.name} knows only questions about pictures, asked for the text tasks {asked}: try --tasks scenes")
+    require_kinds(loaded.name, loaded.reads, tasks)
     most = loaded.max_positions
     too_long = [length for length in lengths if most is not None and length > most]
     if too_long and "text" in kinds:
@@ -132,18 +154,27 @@ def _methods_for(key: SampleKey, methods: Mapping[str, Sequence[Method]], contro
     found = folder.get(key._replace(label=reference))
     if found is None:
         raise AccelError(f"{key.label} needs what {reference} read on {_place(key)}, prompt {key.sample}, which was not run")
-    return [build_control(control, methods[reference], found, seed=key.sample)]
+    return [build_control(control, methods[reference], found)]
 
 
 def _measure(loaded: LoadedModel, key: SampleKey, sample: AnySample, methods: Sequence[Method]) -> SampleRecord:
     """Scores one sample with the methods on; the counters are read when the prompt is through, so that decoding does not dilute them."""
     prefill: dict[str, Any] = {"density": None, "sparse_calls": 0, "dense_calls": {}, "selection_ms": None}
-    with accel.apply(loaded.model, *methods) if methods else nullcontext() as handle:
+    events: list[PruningEvent] = []
+    with ExitStack() as stack:
+        handle = stack.enter_context(accel.apply(loaded.model, *methods)) if methods else None
+        if handle is not None:
+            stack.enter_context(handle.observe_pruning(events.append))
 
         def count() -> None:
-            prefill.update(_counters(handle))
+            prefill.update(_counters(handle, events))
 
-        outcome = _scored(loaded, key, sample, count) if isinstance(sample, Sample) else _asked(loaded, key, sample, count)
+        if isinstance(sample, Sample):
+            outcome = _scored(loaded, key, sample, count)
+        elif isinstance(sample, PictureSample):
+            outcome = _asked(loaded, key, sample, count)
+        else:
+            outcome = draw_sample(image_model(loaded), sample, on_drawn=count)
     options = [{m.method_name(): m.changed_options()} for m in methods]
     outcome = {**outcome, **prefill, "visual_tokens": prefill.get("visual_tokens") or outcome.get("visual_tokens", 0)}
     return SampleRecord(
@@ -175,7 +206,8 @@ def _asked(loaded: LoadedModel, key: SampleKey, sample: PictureSample, on_prefil
     }  # fmt: skip
 
 
-def _counters(handle: Handle | None) -> dict[str, Any]:
+def _counters(handle: Handle | None, events: Sequence[PruningEvent]) -> dict[str, Any]:
+    """What a handle counted in one prompt. events: its pruning stages."""
     if handle is None:
         return {}
     counted, tokens = handle.stats.as_dict(), handle.stats.tokens
@@ -183,6 +215,8 @@ def _counters(handle: Handle | None) -> dict[str, Any]:
     found |= {"selection_ms": counted["selection_s"] * 1e3}
     if tokens.patches:
         found |= {"visual_tokens": tokens.patches, "kept_tokens": tokens.kept_patches, "kept_share": tokens.kept_share}
+        n_layers = tokens.all_layer_tokens // tokens.patches
+        found |= {"structural_tokens": tokens.structural, "layer_tokens": layer_tokens(events, tokens.patches + tokens.structural, n_layers)}
     return {**found, "not_pruned": {reason: n for reason, n in tokens.skipped.items() if n}}
 
 

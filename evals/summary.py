@@ -33,14 +33,13 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
         score = {"name": metric, "value": exact[0], "stderr": exact[1]}
     densities = [r.density for r in records if r.density is not None]
     selection = [r.selection_ms for r in records if r.selection_ms is not None]
-    shares = [r.kept_share for r in records if r.kept_share is not None]
     n_sparse, dense_calls = sum(r.sparse_calls for r in records), _added([r.dense_calls for r in records])
     return {
         "task": first.task,
         "label": first.label,
         "options": first.options,
         "tokens": first.tokens,
-        "kind": "text" if first.picture_hash is None else "picture",
+        "kind": "class" if first.features is not None else "text" if first.picture_hash is None else "picture",
         "is_baseline": first.label == BASELINE,
         "n": sum(len(r.hits) for r in records),
         "n_prompts": len(records),
@@ -49,8 +48,8 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
         "log_prob": log_prob[0],
         "log_prob_stderr": log_prob[1],
         "density": statistics.fmean(densities) if densities else None,
-        "keep": first.keep,
-        "kept_share": statistics.fmean(shares) if shares else None,
+        "keep": asked_of(records),
+        "kept_share": kept_share_of(records),
         "visual_tokens": statistics.fmean(r.visual_tokens for r in records),
         "calls": {"sparse": n_sparse, "dense": dense_calls},
         "prefill_ms": _spread([r.prefill_ms for r in records]),
@@ -58,6 +57,29 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
         "hash": {"prompts": sorted({r.prompt_hash for r in records})},
         "note": _note(n_sparse, dense_calls, _added([r.not_pruned for r in records])),
     }
+
+
+def kept_share_of(records: Sequence[SampleRecord]) -> float | None:
+    """Share of the visual tokens that was kept, as a mean; all of a prompt that was left whole. None where nothing was asked to leave."""
+    if not any(_was_asked(r) for r in records):
+        return None
+    return statistics.fmean(1.0 if r.kept_share is None else r.kept_share for r in records)
+
+
+def kept_tokens_of(records: Sequence[SampleRecord]) -> float | None:
+    """Visual tokens behind the last layer at which tokens leave, as a mean; all of a prompt that was left whole. None as for the share."""
+    if not any(_was_asked(r) for r in records):
+        return None
+    return statistics.fmean(r.visual_tokens if r.kept_tokens is None else r.kept_tokens for r in records)
+
+
+def asked_of(records: Sequence[SampleRecord]) -> float | int | None:
+    """What was asked to be kept; None where that was something else for each prompt."""
+    return records[0].keep if len({r.keep for r in records}) == 1 else None
+
+
+def _was_asked(record: SampleRecord) -> bool:
+    return record.kept_share is not None or bool(record.not_pruned)
 
 
 def answer_rows(records: Sequence[SampleRecord]) -> list[dict[str, Any]]:
@@ -69,7 +91,7 @@ def answer_rows(records: Sequence[SampleRecord]) -> list[dict[str, Any]]:
         {"task": r.task, "question": f"{r.task} {r.tokens}: {question}", "expected": expected, "label": r.label,
          "answer": expected if hit else answer, "log_prob": log_prob}
         for r in records
-        if r.sample == 0 and r.picture_hash is None and len(r.expected) <= MOST_ANSWERS_SHOWN
+        if r.sample == 0 and r.picture_hash is None and r.features is None and len(r.expected) <= MOST_ANSWERS_SHOWN
         for question, expected, answer, hit, log_prob in zip(r.questions, r.expected, r.answers, r.hits, r.log_probs, strict=True)
     ]  # fmt: skip
 

@@ -207,6 +207,8 @@ def _prompts(loaded: LoadedModel, lengths: Sequence[int], seed: int) -> dict[int
 
     from accel.evals.tasks import load_text_task
 
+    if loaded.tokenizer is None:
+        raise OptionError(f"{loaded.name} reads no text, so there is no prompt to be timed with")
     limit = loaded.max_positions
     if limit is not None and max(lengths) > limit:
         raise OptionError(f"{loaded.name} has {limit} positions, asked for {max(lengths)} tokens; pass --lengths up to {limit}")

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=shown)
     parser.add_argument("--image", type=Path, help="a picture: draw over it what each --method keeps (default: every token-pruning method)")
     parser.add_argument("--question", default=QUESTION, help=f"asked about the picture (default: {QUESTION})")
+    parser.add_argument("--attention", action="store_true", help="with --image: plot what text and picture read in every layer")
     parser.add_argument("--tokens", default="4k", help="length of the prompt (default: 4k)")
     parser.add_argument("--prompt", type=Path, help="a text file as the prompt, cut to --tokens (default: prose of Python's help)")
     parser.add_argument("--heads", type=int, default=3, help="block maps per method, from the sparsest head to the densest (default: 3)")
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder for the report (default: runs/<date>-inspect)")
     parser.epilog = (
         "examples:\n  accel inspect smollm2 --method flexprefill:gamma=0.9,min_seq_len=0 --tokens 2k\n"
-        "  accel inspect llava-hf/llava-1.5-7b-hf --image photo.jpg --question 'What is this?' --method fastervlm:keep=0.25"
+        "  accel inspect llava-hf/llava-1.5-7b-hf --image photo.jpg --question 'What is this?' --method fastervlm:keep=0.25 --attention"
     )
 
 
@@ -51,6 +52,8 @@ def main(args: argparse.Namespace) -> int:
     methods = [parse_method(text) for text in args.method or []]
     n_tokens = parse_length(args.tokens)
     _check_kinds(methods, args.image)
+    if args.attention and args.image is None:
+        raise OptionError("--attention shows what text and a picture read: name one with --image")
     folder = new_folder("inspect", args.out)
     dtype, reason = choose_dtype(args.dtype, args.device)
     loaded = load_model(args.model, dtype=dtype, device=args.device)
@@ -65,8 +68,10 @@ def main(args: argparse.Namespace) -> int:
         "notices": [] if methods or args.image else ["no block maps: --method names a method whose maps are drawn"],
     }
     if args.image:
-        from accel.evals.gallery import inspect_picture
+        from accel.evals.gallery import inspect_attention, inspect_picture
 
+        if args.attention:
+            result["attention"] = inspect_attention(loaded, args.image, args.question)
         chosen = methods or [method for method in registered() if isinstance(method, TokenPruning)]
         result |= inspect_picture(loaded, folder, chosen, args.image, args.question, must_apply=bool(methods))
     elif methods:
@@ -182,11 +187,14 @@ def map_heads(loaded: LoadedModel, method: Method, prompt: Any, n_heads: int, re
 def print_result(result: dict[str, Any]) -> None:
     """Facts, layers, densities and what was kept on stdout."""
     from accel.cli.table import print_table
+    from accel.evals.report_pictures import attention_table
     from accel.evals.report_sections import layer_table, maps_table
 
     width = max(len(name) for name in result["facts"])
     print("\n".join(f"{name:<{width}}  {value}" for name, value in result["facts"].items()), end="\n\n")
-    tables: Sequence[Any] = [layer_table(result["layers"]), *([maps_table(result["block_maps"])] if result["block_maps"] else [])]
+    tables: list[Any] = [layer_table(result["layers"]), *([maps_table(result["block_maps"])] if result["block_maps"] else [])]
+    if result.get("attention"):
+        tables.append(attention_table(result["attention"]))
     for table in tables:
         print_table(table.headers, table.rows, text_columns=table.text_columns)
     for row in result.get("overlays", []):

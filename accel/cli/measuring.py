@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -23,8 +23,12 @@ if TYPE_CHECKING:
 OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 
 
-def merge_settings(args: argparse.Namespace, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults, overridden by the file `args.config`, overridden by the flags that were given (those that are not None)."""
+def merge_settings(args: argparse.Namespace, defaults: Mapping[str, Any], whole: Collection[str] = ()) -> dict[str, Any]:
+    """Defaults, overridden by the file `args.config`, overridden by the flags that were given (those that are not None).
+
+    Raises OptionError where the file sets what is no setting, and where it sets anything but a whole number for one of `whole` (or null, where that
+    is its default) or for a setting whose default is one.
+    """
     settings = dict(defaults)
     if args.config:
         for key, value in _read_yaml(Path(args.config)).items():
@@ -32,6 +36,9 @@ def merge_settings(args: argparse.Namespace, defaults: Mapping[str, Any]) -> dic
                 close = difflib.get_close_matches(str(key), list(defaults), n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else "."
                 raise OptionError(f"{args.config} sets {key!r}, which is no setting of this command{hint} It has: {', '.join(defaults)}")
+            is_optional = defaults[key] is None and value is None
+            if (key in whole or type(defaults[key]) is int) and type(value) is not int and not is_optional:
+                raise OptionError(f"{args.config}: {key} must be a whole number, got {value!r}")
             settings[key] = value
     flags = {key: getattr(args, key) for key in defaults}
     return {**settings, **{key: value for key, value in flags.items() if value is not None}}
@@ -73,7 +80,14 @@ def choose_dtype(asked: str, device: str) -> tuple[str, str]:
 
 
 def new_folder(command: str, out: str | None) -> Path:
-    """A fresh folder for one run: `out`, or runs/<date>-<command>. One that holds files already is refused.
+    """A fresh folder for one run, as `free_folder` names it, made."""
+    folder = free_folder(command, out)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def free_folder(command: str, out: str | None, *, may_hold: Collection[str] = ()) -> Path:
+    """Where one run may write: `out`, or runs/<date>-<command>. One that holds other files than those of `may_hold` is refused; none is made.
 
     So is a run that could not write its reports in the end: AccelError names the missing packages before anything is measured.
     """
@@ -81,9 +95,8 @@ def new_folder(command: str, out: str | None) -> Path:
 
     require_packages()
     folder = Path(out) if out else Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{command}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(file.name not in may_hold for file in folder.iterdir())):
         raise AccelError(f"{folder} exists already and is not an empty folder: choose another with --out")
-    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

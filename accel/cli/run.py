@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel.cli.measuring import choose_dtype, describe_run, merge_settings, new_folder, print_settings, settle_threads
+from accel.cli.measuring import choose_dtype, describe_run, free_folder, merge_settings, print_settings, settle_threads
 from accel.cli.options import parse_keeps, parse_lengths, read_variants, split_items
 from accel.errors import OptionError
 
@@ -17,27 +17,34 @@ if TYPE_CHECKING:
     from accel.evals.controls import Control
     from accel.evals.models import LoadedModel
     from accel.evals.results import RunFolder, SampleRecord
+    from accel.evals.visual_layers import Prices
     from accel.protocols import Method
 
 HELP = "accuracy of methods on text or pictures, beside dense and controls of equal budget; can be resumed"
 
 # what runs beside methods of each kind
 CONTROLS = {"sparse_attention": "streaming,random_blocks", "token_pruning": "random_tokens,uniform_tokens,downsample"}
+# asked about pictures, where nothing else was named
+PRUNING, PICTURES = "fastervlm", 50
 DEFAULTS: dict[str, Any] = {
-    "model": "smollm2", "method": None, "recipe": None, "tasks": "needle,fewshot", "lengths": "4k", "samples": 1, "controls": None, "keeps": None,
+    "model": "smollm2", "method": None, "recipe": None, "tasks": "needle,fewshot", "lengths": "4k", "samples": None, "controls": None, "keeps": None,
     "seed": 0, "dtype": "auto", "device": "cpu", "threads": None, "out": None, "resume": None, "limit": None,
 }  # fmt: skip
+WHOLE = ("samples", "threads", "limit")
+# settings that a run folder keeps
+KEPT = ("model", "device", "seed", "samples", "dtype", "tasks", "lengths", "controls", "keeps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # no default here: a flag that was not given must not override the settings file
     parser.add_argument("--model", help="an embedded model, a folder, or a hub id (default: smollm2)")
-    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help="repeatable (default: the model's recipe, or flexprefill)")
+    default = f"the model's recipe, or flexprefill, or {PRUNING} on pictures"
+    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=f"repeatable (default: {default})")
     parser.add_argument("--recipe", help="a recipe file, measured as one more variant")
     names = ", ".join(_task_files())
     parser.add_argument("--tasks", help=f"task names, ruler, scenes (pictures), or all (all text tasks); {names} (default: {DEFAULTS['tasks']})")
     parser.add_argument("--lengths", help="lengths of text prompts in tokens, such as 2k,4k (default: 4k)")
-    parser.add_argument("--samples", type=int, help="prompts per task and length (default: 1)")
+    parser.add_argument("--samples", type=int, help=f"prompts per task and length, or pictures per task (default: 1, or {PICTURES} pictures)")
     usual = " or ".join(CONTROLS.values())
     parser.add_argument("--controls", help=f"methods to run at the density, or with the tokens, of those asked for; none (default: {usual}, by kind)")
     parser.add_argument("--keeps", help="run each token-pruning method once per share or count of visual tokens, such as 1.0,0.5,0.25,0.1,0.05")
@@ -46,32 +53,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
     parser.add_argument("--out", help="folder for the results (default: runs/<date>-run)")
-    parser.add_argument("--resume", action="store_const", const=True, help="go on with the run in --out; finished samples are not run again")
+    parser.add_argument("--resume", action="store_const", const=True, help="go on with the run in --out by its own settings; finished samples stay")
     parser.add_argument("--limit", type=int, help="stop after so many new samples; the exit code is 1 while some are missing")
     parser.add_argument("--config", help="a YAML file with any of these settings; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
     parser.epilog = (
         "examples:\n  accel run --model smollm2 --method flexprefill:gamma=0.9,min_budget=256,min_seq_len=0 --tasks needle --lengths 2k\n"
-        "  accel run --model small-vlm --method fastervlm --tasks scenes --keeps 0.5,0.25,0.1 --samples 100"
+        "  accel run --model small-vlm --method fastervlm --tasks scenes --keeps 0.5,0.25,0.1 --samples 100\n"
+        "  accel run --model small-var --tasks images --samples 200"
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs what is missing, prints the table and writes the run folder. 0 when every sample asked for is there, 1 when the limit came first."""
-    settings = merge_settings(args, DEFAULTS)
+    settings = merge_settings(args, DEFAULTS, WHOLE)
     if settings["resume"] and not settings["out"]:
         raise OptionError("--resume needs the folder of the run: give it with --out")
-    if settings["limit"] is not None and settings["limit"] < 1:
-        raise OptionError(f"--limit must be at least 1, got {settings['limit']}")
+    earlier = _earlier(Path(settings["out"])) if settings["resume"] else {}
+    settings = merge_settings(args, {**DEFAULTS, **{key: earlier[key] for key in KEPT if key in earlier}}, WHOLE)
+    for name in ("limit", "samples"):
+        if settings[name] is not None and settings[name] < 1:
+            raise OptionError(f"--{name} must be at least 1, got {settings[name]}")
     settle_threads(settings["threads"])
-    from accel.evals.tasks import expand_names
+    from accel.evals.tasks import expand_names, load_task
 
-    variants = read_variants(settings)
-    if settings["keeps"]:
-        from accel.evals.controls import swept
-
-        variants = swept(variants, parse_keeps(settings["keeps"]))
     tasks, lengths = expand_names(split_items(settings["tasks"])), parse_lengths(settings["lengths"])
+    is_about_pictures, is_drawing = (all(load_task(task).kind == kind for task in tasks) for kind in ("picture", "class"))
+    if settings["samples"] is None:
+        settings["samples"] = PICTURES if is_about_pictures or is_drawing else 1
+    # the usual methods are for text and for questions: a model that draws runs dense where none is named
+    is_dense = is_drawing and not (settings["method"] or settings["recipe"] or earlier.get("methods"))
+    usual = PRUNING if is_about_pictures else None
+    variants = {} if is_dense else _variants(settings, earlier, usual=usual)
     controls = _controls(settings["controls"], variants)
     if args.dry_run:
         print_settings(settings)
@@ -79,14 +92,57 @@ def main(args: argparse.Namespace) -> int:
     return _run(settings, variants, tasks, lengths, controls)
 
 
+def _earlier(path: Path) -> dict[str, Any]:
+    """The settings of the run in this folder; empty where there is none yet."""
+    import yaml
+
+    file = path / "config.yaml"
+    if not file.exists():
+        return {}
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise OptionError(f"cannot read the settings in {file}: {error}") from error
+    if not isinstance(found, dict) or found.get("command", "run") != "run":
+        raise OptionError(f"{path} holds no run that can be resumed: its config.yaml is not one of `accel run`")
+    return found
+
+
+def _variants(settings: dict[str, Any], earlier: Mapping[str, Any], *, usual: str | None) -> dict[str, list[Method]]:
+    """Methods by label, once for each of the keeps: those named, else those of the run that is resumed, else the usual ones."""
+    from accel.evals.controls import swept
+    from accel.evals.models import embedded_recipe
+    from accel.registry import build
+
+    is_named = bool(settings["method"] or settings["recipe"])
+    if not is_named and earlier.get("methods"):
+        groups = earlier["methods"].items()
+        variants = {label: [build(name, options) for entry in group for name, options in entry.items()] for label, group in groups}
+        if settings["keeps"] == earlier.get("keeps"):
+            # they are in these methods already
+            return variants
+    else:
+        if usual and not is_named and embedded_recipe(settings["model"]) is None:
+            settings["method"] = [usual]
+        variants = read_variants(settings)
+    if not settings["keeps"]:
+        return variants
+    keeps = parse_keeps(settings["keeps"])
+    try:
+        return swept(variants, keeps)
+    except OptionError as error:
+        raise OptionError(f"{error}: add one, such as --method {PRUNING}") from error
+
+
 def _run(
     settings: Mapping[str, Any], variants: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], controls: Sequence[str]
 ) -> int:
     from accel.cli.bench import check_variants
     from accel.evals.controls import plan_controls, reference_label
-    from accel.evals.models import load_model
+    from accel.evals.drawn import summarise_drawn
+    from accel.evals.models import load_model, reads_ahead
     from accel.evals.results import RunFolder
-    from accel.evals.runner import run_accuracy, wanted_samples
+    from accel.evals.runner import check_run, model_info, require_kinds, run_accuracy, wanted_samples
 
     dtype, reason = choose_dtype(settings["dtype"], settings["device"])
     plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in variants.items()}
@@ -96,75 +152,113 @@ def _run(
         "lengths": list(lengths), "controls": list(controls), "reference": reference_label(variants), "methods": json.loads(json.dumps(plain)),
         **({"keeps": parse_keeps(settings["keeps"])} if settings["keeps"] else {}),
     }  # fmt: skip
-    path = Path(settings["out"]) if settings["resume"] else new_folder("run", settings["out"])
-    folder = RunFolder.create(path, config, resume=bool(settings["resume"]))
-    print(f"results: {folder.path}; loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
+    # what is wrong without the model is told before it is loaded, and what is wrong with it before a folder is made
+    if settings["out"]:
+        RunFolder.check(settings["out"], config, resume=bool(settings["resume"]))
+    path = Path(settings["out"]) if settings["resume"] else free_folder("run", settings["out"], may_hold=("config.yaml", "samples.jsonl"))
+    plan_controls(controls, variants)
+    if (kinds := reads_ahead(settings["model"])) is not None:
+        require_kinds(settings["model"], kinds, tasks)
+    print(f"results: {path}; loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
     loaded = load_model(settings["model"], dtype=dtype, device=settings["device"])
     notices = check_variants(loaded.model, variants)
-    rows = run_accuracy(
-        loaded, variants, tasks, lengths, n=settings["samples"], seed=settings["seed"], folder=folder, controls=controls, limit=settings["limit"]
-    )
-    planned = plan_controls(controls, variants)
-    wanted = wanted_samples(variants, tasks, lengths, n=settings["samples"], controls=planned)
-    n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
-    done = [record for key in wanted if (record := folder.get(key)) is not None]
-    about_pictures = _pictures(loaded, folder, done, variants, planned)
-    extra = {"notices": notices, **about_pictures}
-    _report(loaded, folder, rows, extra=extra, settings=settings, dtype_reason=reason, n_missing=n_missing)
+    check_run(loaded, variants, tasks, lengths, settings["samples"])
+    folder = RunFolder.create(path, config, resume=bool(settings["resume"]))
+    try:
+        rows = run_accuracy(
+            loaded, variants, tasks, lengths, n=settings["samples"], seed=settings["seed"], folder=folder, controls=controls, limit=settings["limit"]
+        )
+        planned = plan_controls(controls, variants, model_info(loaded))
+        wanted = wanted_samples(variants, tasks, lengths, n=settings["samples"], controls=planned)
+        n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
+        done = [record for key in wanted if (record := folder.get(key)) is not None]
+        extra = {"notices": notices, **_pictures(loaded, done, variants, planned), **summarise_drawn(loaded, folder, done, variants)}
+        sections = _report(loaded, folder, rows, extra=extra, settings=settings, dtype_reason=reason, n_missing=n_missing)
+        _draw(loaded, folder, rows, sections, variants, planned)
+    except KeyboardInterrupt:
+        n = len(folder.done())
+        print(f"accel: {n} {'sample is' if n == 1 else 'samples are'} saved. Go on with `{_go_on(folder)}`", file=sys.stderr)
+        raise
     return 1 if n_missing else 0
 
 
+def _go_on(folder: RunFolder) -> str:
+    return f"accel run --out {folder.path} --resume"
+
+
 def _pictures(
-    loaded: LoadedModel, folder: RunFolder, records: Sequence[SampleRecord], variants: Mapping[str, Sequence[Method]], controls: Sequence[Control]
+    loaded: LoadedModel, records: Sequence[SampleRecord], variants: Mapping[str, Sequence[Method]], controls: Sequence[Control]
 ) -> dict[str, Any]:
-    """What the result says of questions about pictures, the drawn pictures included; empty without such questions."""
-    from accel.evals.gallery import run_gallery
+    """What the result says of questions about pictures; empty without such questions."""
     from accel.evals.picture_summary import summarise_pictures
 
-    found = summarise_pictures(records, list(variants), controls)
-    passing = [gate["task"] for gate in found.get("gates", []) if gate["passes"]]
-    return {**found, "overlays": run_gallery(loaded, folder, variants, controls, passing)} if passing else found
+    return summarise_pictures(records, list(variants), controls, _prices(loaded))
+
+
+def _draw(
+    loaded: LoadedModel, folder: RunFolder, rows: Sequence[Mapping[str, Any]], sections: Mapping[str, Any],
+    variants: Mapping[str, Sequence[Method]], controls: Sequence[Control],
+) -> None:  # fmt: skip
+    """Adds drawn pictures to the finished result, and writes the reports whether or not that works."""
+    from accel.evals.gallery import run_gallery
+    from accel.evals.report import write_reports
+
+    try:
+        passing = [gate["task"] for gate in sections.get("gates", []) if gate["passes"]]
+        if passing:
+            folder.finish(rows, **{**sections, "overlays": run_gallery(loaded, folder, variants, controls, passing)})
+    finally:
+        print(f"report: {write_reports(folder.path).html}", file=sys.stderr)
+
+
+def _prices(loaded: LoadedModel) -> Prices | None:
+    """What a token costs in this model, or None where the arithmetic does not describe it."""
+    from accel.errors import UnsupportedError
+    from accel.evals.visual_cost import DecoderShape
+    from accel.evals.visual_layers import Prices
+
+    try:
+        return Prices(DecoderShape.from_config(loaded.model.config), loaded.model.dtype.itemsize)
+    # a config that names its sizes otherwise; a finished run must not fail by it
+    except (UnsupportedError, AttributeError):
+        return None
 
 
 def _report(
     loaded: LoadedModel, folder: RunFolder, rows: Sequence[Mapping[str, Any]], *, extra: Mapping[str, Any], settings: Mapping[str, Any],
     dtype_reason: str, n_missing: int,
-) -> None:  # fmt: skip
-    """Prints the tables and the notices, and writes result.json and the reports. extra: sections of the result, `notices` among them."""
-    from accel.evals.report import write_reports
+) -> dict[str, Any]:  # fmt: skip
+    """Writes result.json, prints the tables and the notices, and returns all sections of the result. extra: some of them, `notices` among them."""
     from accel.evals.summary import answer_rows
 
     head = describe_run("run", f"{loaded.name}: accuracy beside dense and controls", loaded, settings, dtype_reason=dtype_reason)
     sections = {key: value for key, value in head.items() if key not in ("schema", "config")}
-    unfinished = [f"{n_missing} samples are missing: the run stopped at its limit. Go on with `--out {folder.path} --resume`."] if n_missing else []
-    notices = [*extra["notices"], *_picture_notices(rows, extra), *unfinished]
-    folder.finish(
-        rows,
-        **sections,
-        **{key: value for key, value in extra.items() if key != "notices"},
-        answers=answer_rows(folder.records),
-        notices=notices,
-        limits=_limits(rows),
-        n_missing=n_missing,
-    )
+    missing = f"{n_missing} {'sample is' if n_missing == 1 else 'samples are'} missing: the run stopped at its limit. Go on with `{_go_on(folder)}`."
+    notices = [*extra["notices"], *_picture_notices(rows, extra), *([missing] if n_missing else [])]
+    sections |= {**extra, "answers": answer_rows(folder.records), "notices": notices, "limits": _limits(rows), "n_missing": n_missing}
+    folder.finish(rows, **sections)
     _print(rows, extra)
     for notice in notices:
         print(notice)
-    print(f"report: {write_reports(folder.path).html}", file=sys.stderr)
+    return sections
 
 
 def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
     """The tables on stdout: text first, then pictures."""
     from accel.cli.table import print_table
-    from accel.evals.report_pictures import gate_table, headline, keep_table, text_scores
+    from accel.evals.drawn import drawn_table
+    from accel.evals.report_pictures import gate_table, headline, keep_table, savings_table, text_scores
     from accel.evals.report_sections import accuracy_table
 
     scores = text_scores({"scores": rows})
     tables = [accuracy_table(scores)] if scores else []
+    if extra.get("drawn"):
+        tables.append(drawn_table(extra["drawn"]))
     if extra.get("gates"):
         tables.append(gate_table(extra["gates"]))
     if extra.get("means"):
         tables.append(keep_table(extra["means"], rows, extra["gates"]))
+        tables += [saved] if (saved := savings_table(extra["means"])).rows else []
     for table in tables:
         print_table(table.headers, table.rows, text_columns=table.text_columns)
     if extra.get("paired"):
@@ -173,18 +267,18 @@ def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
 
 def _picture_notices(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[str]:
     """Tasks that failed the gate, and prompts that were not pruned as asked."""
-    from accel.evals.picture_summary import left_out
+    from accel.evals.picture_summary import left_out, unfinished
 
     notes = dict.fromkeys(f"{row['label']}: {row['note']}" for row in rows if row["kind"] == "picture" and row["note"])
-    return [*left_out(extra.get("gates", [])), *notes]
+    return [*left_out(extra.get("gates", [])), *unfinished(extra.get("means", [])), *notes]
 
 
 def _limits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the scores of these tasks cannot show."""
-    from accel.evals.tasks import PictureTask, load_task
+    from accel.evals.tasks import Task, load_task
 
     tasks = [load_task(name) for name in dict.fromkeys(row["task"] for row in rows)]
-    found = [task.caveat for task in tasks if isinstance(task, PictureTask) and task.caveat]
+    found = [task.caveat for task in tasks if not isinstance(task, Task) and task.caveat]
     if any(row["score"]["name"] == "perplexity" for row in rows):
         found.append("Scores named perplexity are better when lower, and do not separate sparse methods: read them beside retrieval.")
     return list(dict.fromkeys(found))

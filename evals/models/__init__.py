@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-Kind = Literal["text", "picture"]
+# a "class" is drawn: the model is given a number and makes a picture
+Kind = Literal["text", "picture", "class"]
 
 logger = logging.getLogger("accel")
 
@@ -64,6 +66,29 @@ class LoadedVisionModel(LoadedModel):
         return (*(("text",) if self.reads_text else ()), *(("picture",) if self.processor is not None else ()))
 
 
+@dataclass(frozen=True)
+class LoadedImageModel(LoadedModel):
+    """A model that draws pictures of classes; it has no tokenizer.
+
+    draw(labels, seed=…) -> pictures (n, 3, height, width) fp32 in [0, 1], picture i from seed + i, whatever the batch. real(n) -> as many held-out
+    real pictures and their labels. judge: what the image metrics look with (image_metrics.py). class_names: one per label.
+    """
+
+    draw: Callable[..., torch.Tensor] | None = None
+    real: Callable[[int], tuple[torch.Tensor, torch.Tensor]] | None = None
+    judge: Any = None
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def max_positions(self) -> int | None:
+        """None: there is no prompt."""
+        return None
+
+    @property
+    def reads(self) -> tuple[Kind, ...]:
+        return ("class",)
+
+
 def embedded_names() -> list[str]:
     """Names of the models that ship with accel: the sub-folders here that hold a `load.py`, with "-" for "_"."""
     return sorted(path.parent.name.replace("_", "-") for path in Path(__file__).parent.glob("*/load.py"))
@@ -75,6 +100,19 @@ def embedded_recipe(name: str) -> Path | None:
     return path if name in embedded_names() and path.exists() else None
 
 
+def reads_ahead(name_or_path: str) -> tuple[Kind, ...] | None:
+    """What the model reads, told without loading it; None where only loading tells."""
+    if name_or_path in embedded_names():
+        found: tuple[Kind, ...] | None = getattr(_loader(name_or_path), "READS", None)
+        return found
+    config = Path(name_or_path) / "config.json"
+    try:
+        has_vision = json.loads(config.read_text(encoding="utf-8")).get("vision_config") is not None
+    except (OSError, ValueError, AttributeError):       # not a local folder, or one that loading will complain about
+        return None
+    return ("text", "picture") if has_vision else ("text",)
+
+
 def load_model(name_or_path: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> LoadedModel:
     """The model called `name_or_path`: an embedded one, a local folder, or a Hugging Face hub id.
 
@@ -83,9 +121,13 @@ def load_model(name_or_path: str, *, dtype: str | torch.dtype = "float32", devic
     """
     wanted = torch_dtype(dtype)
     if name_or_path in embedded_names():
-        found: LoadedModel = importlib.import_module(f"accel.evals.models.{name_or_path.replace('-', '_')}.load").load(wanted, device)
+        found: LoadedModel = _loader(name_or_path).load(wanted, device)
         return found
     return _load_pretrained(name_or_path, wanted, device)
+
+
+def _loader(name: str) -> Any:
+    return importlib.import_module(f"accel.evals.models.{name.replace('-', '_')}.load")
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -100,9 +142,9 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def prepared(model: Any, dtype: torch.dtype, device: str) -> Any:
-    """The same model, in `dtype` on `device`, every weight in memory of its own and no gradients."""
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+def prepared(model: Any, dtype: torch.dtype | None, device: str) -> Any:
+    """The same model, in `dtype` (None: as its weights are) on `device`, every weight in memory of its own and no gradients."""
+    model = (model.to(device) if dtype is None else model.to(device=device, dtype=dtype)).eval().requires_grad_(False)
     for tensor in (*model.parameters(), *model.buffers()):
         # weights read from a file stay mapped to it, and pages given back under memory pressure make prefill up to six times slower
         tensor.data = tensor.data.clone()

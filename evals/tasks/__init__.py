@@ -1,6 +1,6 @@
 """Tasks whose prompts are made by code: one file each, found by its name. A file here defines `TASK`; files that start with `_` are helpers.
 
-A task makes samples of one kind: text prompts of a length (`Task`), or pictures with a question (`PictureTask`).
+A task makes samples of one kind: text prompts of a length (`Task`), pictures with a question (`PictureTask`), or pictures to be drawn (`ImageTask`).
 """
 
 from __future__ import annotations
@@ -76,6 +76,21 @@ class PictureSample:
 
 
 @dataclass(frozen=True)
+class ClassSample:
+    """One picture to be drawn from `picture_seed`, of class `number` modulo the classes that the model knows."""
+
+    id: int
+    seed: int
+    number: int
+    picture_seed: int
+
+    @property
+    def prompt_hash(self) -> str:
+        """Tells two runs whether the same was asked of them."""
+        return hashlib.sha256(f"{self.number} {self.picture_seed}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
 class Task:
     """samples(tokenizer, n_tokens, n, seed) → n prompts of `n_tokens` tokens of that tokenizer; raises OptionError where that cannot be.
 
@@ -107,7 +122,19 @@ class PictureTask:
     caveat: str = ""
 
 
-AnyTask = Task | PictureTask
+@dataclass(frozen=True)
+class ImageTask:
+    """samples(n, seed) → n pictures to be drawn, right where a judge sees their class; there is no length to choose. caveat: as in `PictureTask`."""
+
+    kind: ClassVar[Literal["class"]] = "class"
+    metric: ClassVar[Literal["exact"]] = "exact"
+
+    samples: Callable[[int, int], list[ClassSample]]
+    group: str = ""
+    caveat: str = ""
+
+
+AnyTask = Task | PictureTask | ImageTask
 
 
 @cache
@@ -116,11 +143,18 @@ def task_names() -> list[str]:
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
 
 
+def group_names() -> list[str]:
+    """Names that stand for several tasks, sorted."""
+    return sorted({"all", *(group for name in task_names() if (group := load_task(name).group))})
+
+
 def load_task(name: str) -> AnyTask:
     """The task of that name; an unknown name raises OptionError with the closest known one."""
     if name not in task_names():
-        close = difflib.get_close_matches(name, task_names(), n=1)
-        raise OptionError(f"no task is called {name!r}{f'; did you mean {close[0]!r}?' if close else '.'} Tasks: {', '.join(task_names())}")
+        groups = group_names()
+        close = difflib.get_close_matches(name, [*groups, *task_names()], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise OptionError(f"no task is called {name!r}{hint} Tasks: {', '.join(task_names())}; groups: {', '.join(groups)}")
     task = importlib.import_module(f"accel.evals.tasks.{name}").TASK
     assert isinstance(task, AnyTask)
     return task

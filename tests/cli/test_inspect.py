@@ -131,6 +131,21 @@ def test_without_a_method_every_one_that_drops_tokens_is_drawn(photo: str, tmp_p
     assert "exit_layer=N" in refused["dyvte"]
 
 
+def test_attention_to_the_picture_is_plotted_by_layer(photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    words = ("--method", "fastervlm:keep=0.25", "--question", "what does the sign say ?", "--attention", "--out", str(out))
+    assert main(["inspect", "small-vlm", "--image", photo, *words]) == 0
+    result = json.loads((out / "result.json").read_text())
+    # six words and the placeholders, behind nothing but the begin token
+    assert (result["attention"]["n_visual"], result["attention"]["n_text"]) == (144, 6)
+    rows = result["attention"]["layers"]
+    assert [row["layer"] for row in rows] == list(range(8))
+    assert all(row["text_to_visual"] + row["text_to_text"] == pytest.approx(1, abs=0.02) for row in rows)
+    assert len(result["overlays"]) == 2, "overlays are still drawn"
+    assert "text → picture" in capsys.readouterr().out
+    assert (out / "report.html").read_text().count("<svg") == 1
+
+
 def test_layers_of_a_method_that_drops_tokens_are_those_that_run_without_them() -> None:
     from accel.patching import host_for
     from accel.registry import build
@@ -149,11 +164,12 @@ def test_layers_of_a_method_that_drops_tokens_are_those_that_run_without_them() 
         (["small-vlm", "--method", "fastervlm"], "show it one with --image"),
         (["small-vlm", "--method", "streaming", "--image", "{photo}"], "leave --image out"),
         (["small-vlm", "--image", "nowhere.png"], "there is no picture nowhere.png"),
+        (["small-vlm", "--attention"], "name one with --image"),
         (["small-vlm", "--image", "{text}"], "cannot read the picture"),
         (["{model}", "--image", "{photo}"], "it is a text model"),
         (["small-vlm", "--image", "{photo}", "--method", "fastv:layer=8"], "must be below the 8 layers"),
     ],
-    ids=["pruning_without_picture", "sparse_with_picture", "no_file", "no_picture", "text_model", "does_not_run"],
+    ids=["pruning_without_picture", "sparse_with_picture", "no_file", "attention_without_picture", "no_picture", "text_model", "does_not_run"],
 )
 def test_a_wrong_picture_or_method_explains_itself(
     model: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str

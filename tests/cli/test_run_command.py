@@ -43,7 +43,7 @@ def test_one_command_leaves_a_whole_folder_and_a_table(model: str, tmp_path: Pat
 def test_a_run_stopped_at_its_limit_is_unfinished_until_resumed(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path / "r")
     assert run(model, "--out", folder, "--limit", "3") == 1
-    assert "1 samples are missing" in capsys.readouterr().out
+    assert "1 sample is missing" in capsys.readouterr().out
     assert run(model, "--out", folder) != 0, "without --resume the folder is not touched"
     assert run(model, "--out", folder, "--resume") == 0
     assert len((tmp_path / "r" / "samples.jsonl").read_text().splitlines()) == 4
@@ -67,13 +67,19 @@ def test_the_dry_run_shows_flags_over_file_over_defaults(tmp_path: Path, capsys:
         (["--method", "flexprefil"], "did you mean 'flexprefill'"),
         (["--resume"], "--out"),
         (["--limit", "0"], "--limit must be at least 1"),
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--keeps", "0.5"], "such as --method fastervlm"),
+        (["--tasks", "scene"], "did you mean 'scenes'"),
         (["--lengths", "4q"], "a length is"),
         (["--method", "fastervlm", "--keeps", "1,0.5"], "write 1.0 for everything"),
         (["--method", "fastervlm", "--keeps", "1.5"], "a share in (0, 1]"),
         (["--method", "fastervlm", "--keeps", "half"], "a share such as 0.25"),
         (["--method", "flexprefill", "--keeps", "0.5"], "keeps are tried on token-pruning methods"),
     ],
-    ids=["task", "method", "resume_without_folder", "limit", "length", "keep_one", "keep_too_much", "keep_word", "keeps_of_nothing"],
+    ids=[
+        "task", "method", "resume_without_folder", "limit", "samples", "keeps_without_pruning", "group", "length", "keep_one", "keep_too_much",
+        "keep_word", "keeps_of_nothing",
+    ],
 )
 def test_a_wrong_word_is_told_before_anything_loads(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", *words, "--dry-run"]) == 2
@@ -116,3 +122,124 @@ def test_a_settings_file_may_write_a_method_as_a_recipe_does(given: Any) -> None
 def test_what_is_no_method_in_a_settings_file_is_refused() -> None:
     with pytest.raises(OptionError, match="as fastervlm:keep="):
         read_variants({"method": [7], "recipe": None, "model": "small-vlm"})
+
+
+def test_pictures_have_defaults_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", "small-vlm", "--tasks", "scenes", "--dry-run"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["method"], shown["samples"]) == (["fastervlm"], 50)
+    assert main(["run", "--tasks", "needle", "--dry-run"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["samples"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("samples: two", "samples must be a whole number, got 'two'"), ("samples: 1.5", "samples"), ("seed: x", "seed"), ("limit: true", "limit")],
+    ids=["word", "fraction", "seed", "flag"],
+)
+def test_a_settings_file_must_hold_numbers_where_they_are_needed(
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(line)
+    assert main(["run", "--config", str(file), "--dry-run"]) == 2
+    assert f"{file}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "scenes"], "cannot be asked about pictures"),
+        (["--tasks", "needle", "--controls", "downsample"], "the budget of a token-pruning method"),
+    ],
+    ids=["kind", "control"],
+)
+def test_what_does_not_fit_is_told_before_the_model_is_loaded(
+    words: list[str], message: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accel.evals.models.load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert main(["run", "--model", model, "--method", SPARSE, "--out", str(tmp_path / "r"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_what_only_the_model_tells_leaves_no_folder(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--lengths", "4k", "--out", str(tmp_path / "r")) == 2
+    assert "holds 2048 tokens" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_without_samples_can_be_used_again(model: str, tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("command: run\nseed: 7\n")
+    (folder / "samples.jsonl").touch()
+    assert run(model, "--out", str(folder), "--limit", "1") == 1
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 0
+
+
+def test_an_interrupted_run_tells_how_to_go_on_and_needs_nothing_else(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accel.evals import runner
+
+    folder, measured = tmp_path / "r", runner._measure
+    with monkeypatch.context() as patch:
+
+        def interrupted(loaded: Any, key: Any, *rest: Any) -> Any:
+            if key.label != "dense":
+                raise KeyboardInterrupt
+            return measured(loaded, key, *rest)
+
+        patch.setattr(runner, "_measure", interrupted)
+        assert run(model, "--out", str(folder), "--seed", "3") == 130
+    assert f"1 sample is saved. Go on with `accel run --out {folder} --resume`" in capsys.readouterr().err
+    before = yaml.safe_load((folder / "config.yaml").read_text())
+    assert main(["run", "--out", str(folder), "--resume"]) == 0
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == before
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
+    assert main(["run", "--out", str(folder), "--resume", "--seed", "4"]) == 2
+    assert "seed differs from its config.yaml" in capsys.readouterr().err
+
+
+PICTURES = ["run", "--model", "small-vlm", "--dtype", "float32", "--method", "fastervlm", "--keeps", "0.5,0.25", "--tasks", "scene_color"]
+
+
+def test_a_run_that_is_resumed_and_still_unfinished_draws_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("PIL")
+    words = [*PICTURES, "--samples", "2", "--controls", "random_tokens", "--out", str(tmp_path)]
+    assert main(words) == 0
+    # of the method that the control is compared to, one sample is gone
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    left = [line for line in lines if (line["label"], line["sample"]) != ("fastervlm(keep=0.25)", 0)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in left))
+    assert main(["run", "--out", str(tmp_path), "--resume", "--samples", "3", "--limit", "1"]) == 1
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["title"] for row in result["overlays"]] == ["scene_color", "random_tokens (keep 0.25)"]
+    assert "no mean yet" in capsys.readouterr().out
+
+
+def test_a_failing_gallery_does_not_cost_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("PIL")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory for pictures")
+
+    monkeypatch.setattr("accel.evals.gallery.watch_reply", lambda *_, **__: fail())
+    with pytest.raises(RuntimeError, match="no memory for pictures"):
+        main([*PICTURES, "--samples", "2", "--controls", "none", "--out", str(tmp_path)])
+    assert len(json.loads((tmp_path / "result.json").read_text())["means"]) == 3
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_resumed_run_keeps_its_methods_and_budgets_or_takes_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("PIL")
+    assert main([*PICTURES, "--samples", "1", "--controls", "none", "--out", str(tmp_path), "--limit", "1"]) == 1
+    again = ["run", "--out", str(tmp_path), "--resume"]
+    for words in ([], ["--keeps", "0.5,0.25"], ["--method", "fastervlm"]):
+        assert main([*again, *words]) == 0
+        assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 3
+    assert main([*again, "--keeps", "0.1"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["label"] for row in result["scores"]] == ["dense", "fastervlm(keep=0.1)"]
+    capsys.readouterr()

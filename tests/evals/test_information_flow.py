@@ -184,3 +184,15 @@ def test_a_model_that_reads_no_pictures_is_refused(loaded: LoadedVisionModel) ->
         prepare(replace(loaded, processor=None), "scenes")
     with pytest.raises(OptionError, match="words cannot be asked about pictures: it is a text model"):
         prepare(LoadedModel(loaded.model, loaded.tokenizer, name="words"), "scenes")
+
+
+def test_pictures_are_turned_the_way_their_camera_says(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from accel.evals.information_flow import _asked
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.jpg", exif=exif)
+    [(picture, _)] = _asked(str(tmp_path), 1, 0)
+    assert picture().size == (4, 6)

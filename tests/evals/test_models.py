@@ -22,7 +22,7 @@ from accel.recipe import Recipe
 
 
 def test_embedded_models_are_the_folders_with_a_loader() -> None:
-    assert embedded_names() == ["small-vlm", "smollm2"]
+    assert embedded_names() == ["small-var", "small-vlm", "smollm2"]
     assert embedded_recipe("smollm2") is not None
     assert embedded_recipe("someone/model") is None
 
@@ -70,7 +70,7 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(tmp_path: Path, dtype: Any)
 
 def test_a_model_that_cannot_be_found_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(AccelError, match=r"no embedded model and no local folder(.|\n)*Embedded models: small-vlm, smollm2"):
+    with pytest.raises(AccelError, match=r"no embedded model and no local folder(.|\n)*Embedded models: small-var, small-vlm, smollm2"):
         load_model("no-such-owner/no-such-model")
     with pytest.raises(AccelError, match="there is no such folder"):
         load_model(str(tmp_path / "nothing"))

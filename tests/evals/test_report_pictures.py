@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from accel.evals.plots import accuracy_keep_plot, colour_by_label
 from accel.evals.report import cards, render_html, render_markdown, write_reports
-from accel.evals.report_pictures import asked, headline, keep_table, paired_table, share_asked
+from accel.evals.report_pictures import asked, headline, keep_table, paired_table, share_kept
 
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
@@ -58,24 +60,45 @@ def test_what_was_reached_stands_beside_what_was_asked(result: dict[str, Any]) -
         ["25 %", "25.0 %", LABELS[2][0], "34.6 ± 2.0", "34.6 ± 2.0"],
     ]
     assert table.quiet_rows == {0}
-    assert table.group_starts == {1}
+    assert table.group_starts == {1, 2}, "what was kept makes a budget, not what was asked for"
 
 
-def test_budgets_come_from_much_to_little_with_dense_first(result: dict[str, Any]) -> None:
+def test_budgets_come_from_much_to_little_as_kept_with_dense_first(result: dict[str, Any]) -> None:
     dense, method, control = result["means"]
-    mixed = [{**method, "keep": 0.1}, {**control, "keep": 72}, dense, {**method, "keep": 0.25}]
+    unasked = {**method, "label": "dyvte", "keep": None, "kept_share": 0.3}
+    mixed = [{**method, "keep": 0.1, "kept_share": 0.1}, unasked, {**control, "keep": 36, "kept_share": 0.251}, control, dense, method]
     table = keep_table(mixed, result["scores"], result["gates"])
-    assert [row[0] for row in table.rows] == ["–", "72", "25 %", "10 %"]
-    assert [share_asked(mean) for mean in mixed] == [0.1, 0.5, 1.0, 0.25]
-    assert [asked(keep) for keep in (None, 1.0, 36, 0.05)] == ["–", "100 %", "36", "5 %"]
+    assert [row[1] for row in table.rows] == ["100.0 %", "43.8 %", "30.0 %", "25.1 %", "25.0 %", "10.0 %"]
+    assert table.group_starts == {1, 2, 3, 5}
+    assert [share_kept(mean) for mean in mixed] == [0.1, 0.3, 0.251, 0.25, 1.0, 0.4375]
+    assert [asked(keep) for keep in (None, 1.0, 36, 0.05, 0.4305555)] == ["–", "100 %", "36", "5 %", "43.1 %"]
+
+
+def test_a_mean_over_other_questions_is_not_shown(result: dict[str, Any]) -> None:
+    result["means"][2] |= {"score": None, "note": "5 of 100 questions answered"}
+    assert [row[-1] for row in keep_table(result["means"], result["scores"], result["gates"]).rows] == ["98.0 ± 2.0", "97.0 ± 2.0", "–"]
+    [card] = cards(result)
+    assert card.detail == ""
+    assert "random_tokens</" not in "".join(re.findall(r"<svg.*?</svg>", render_html(result), re.DOTALL))
+
+
+def test_the_plot_shows_what_was_kept_under_short_names(result: dict[str, Any]) -> None:
+    rows = [{"series": "dense", "share": 1.0, "score": 0.9, "stderr": 0.01, "is_baseline": True},
+            {"series": "vflowopt(keep=0.25, r1=0.43264316431)", "share": 0.25, "score": 0.8, "stderr": 0.01, "is_baseline": False}]  # fmt: skip
+    svg = accuracy_keep_plot(rows, colour_by_label([{"label": row["series"], "is_baseline": row["is_baseline"]} for row in rows]))
+    assert "vflowopt(keep=0.25, r1=0.433)" in svg
+    assert "visual tokens kept, as a mean over the layers" in svg
+    assert "25 %" in svg
 
 
 def test_differences_are_in_points_with_their_sign(result: dict[str, Any]) -> None:
     [row] = paired_table(result["paired"]).rows
-    assert row[2:] == ["+62.4 ± 2.3", "+58.0 … −1.0", "64 : 2", "100"]
+    assert row[2:] == ["+62.4 ± 2.3", "+58.0 … −1.0", "64 : 2", "100", "100"]
     assert headline(result["paired"][0]) == (
-        "fastervlm(keep=0.25) − random_tokens (keep 0.25): +62.4 ± 2.3 points (95 % interval +58.0 … −1.0, n = 100)"
+        "fastervlm(keep=0.25) − random_tokens (keep 0.25): +62.4 ± 2.3 points (95 % interval +58.0 … −1.0, n = 100, 100 pictures)"
     )
+    few = {**result["paired"][0], "interval": None, "n_pictures": 19}
+    assert headline(few).endswith("(too few pictures for an interval, n = 100, 19 pictures)")
 
 
 def test_picture_rows_are_not_shown_as_text(result: dict[str, Any]) -> None:
@@ -87,7 +110,7 @@ def test_picture_rows_are_not_shown_as_text(result: dict[str, Any]) -> None:
 
 def test_cards_show_the_first_method_beside_what_it_is_compared_to(result: dict[str, Any]) -> None:
     [card] = cards(result)
-    assert (card.value, card.label, card.detail) == ("97.0 ± 2.0 %", "fastervlm, 25 % of the picture's tokens", "random_tokens 34.6 ± 2.0")
+    assert (card.value, card.label, card.detail) == ("97.0 ± 2.0 %", "fastervlm, 43.8 % of the picture's tokens", "random_tokens 34.6 ± 2.0")
 
 
 def test_the_page_has_the_plot_and_carries_its_pictures(result: dict[str, Any], tmp_path: Path) -> None:

@@ -184,3 +184,15 @@ def test_answers_are_shown_for_the_first_prompt_and_never_by_the_hundred() -> No
     many = record(task="code", expected=["x"] * 512, questions=["q"] * 512, answers=["x"] * 512, hits=[1.0] * 512, log_probs=[-1.0] * 512)
     rows = answer_rows([record(answers=["the answer is 1", "7"]), record(sample=1), many])
     assert [(r["question"], r["answer"]) for r in rows] == [("needle 2048: x", "1"), ("needle 2048: y", "7")]
+
+
+def test_a_folder_without_samples_holds_no_run(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, CONFIG)
+    (tmp_path / "samples.jsonl").touch()
+    assert RunFolder.create(tmp_path, {**CONFIG, "seed": 9}).config["seed"] == 9
+
+
+def test_what_differs_is_told_in_words_of_the_user(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path, {**CONFIG, "reference": "a"})
+    with pytest.raises(AccelError, match=r"cannot be resumed: the first sparse method \(the controls get its density\) differs from"):
+        RunFolder.create(tmp_path, {**CONFIG, "reference": "b"}, resume=True)

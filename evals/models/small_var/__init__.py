@@ -1,0 +1,1 @@
+"""A VAR of about a million weights, its tokenizer and a judge, trained on drawn digits. See card.md."""

@@ -10,9 +10,7 @@ import pytest
 import torch
 from conformance.hidden_columns import hide_by_layer, hiding
 from conformance.methods import EveryBlock
-from conformance.reference import N_NEW, ROUNDING, assert_bit_equal, run
-from conformance.subjects import snapshot, subject
-from conformance.test_pruning import (
+from conformance.pruning_runs import (
     CHUNKS,
     assert_equals_hiding,
     batch_of,
@@ -25,6 +23,8 @@ from conformance.test_pruning import (
     run_generate,
     some_families,
 )
+from conformance.reference import N_NEW, ROUNDING, assert_bit_equal, run
+from conformance.subjects import snapshot, subject
 from routers import sign_router
 from torch import Tensor
 

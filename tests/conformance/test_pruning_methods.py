@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.pruning_runs import VLMS, assert_equals_hiding, batch_of, dropped, hidden_run, inputs_of, pruned_run, row_of, run_generate
 from conformance.reference import assert_bit_equal, run
 from conformance.subjects import snapshot, subject
-from conformance.test_pruning import VLMS, assert_equals_hiding, batch_of, dropped, hidden_run, inputs_of, pruned_run, row_of, run_generate
 
 import accel
 from accel.patching import host_for

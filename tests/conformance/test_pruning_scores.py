@@ -15,8 +15,7 @@ from conformance import hidden_columns
 from conformance.hidden_columns import hiding
 from conformance.picture_cases import CASES, Case
 from conformance.pruning_methods import Chosen
-from conformance.subjects import subject
-from conformance.test_pruning import (
+from conformance.pruning_runs import (
     N_NEW,
     assert_equals_hiding,
     batch_of,
@@ -24,10 +23,12 @@ from conformance.test_pruning import (
     every_family,
     hidden_run,
     inputs_of,
+    kept_by,
     pruned_run,
     row_of,
     run_generate,
 )
+from conformance.subjects import subject
 from torch import Tensor
 from transformers import AttentionInterface, LogitsProcessorList
 
@@ -243,6 +244,15 @@ def test_the_last_row_is_that_of_the_decoder(name: str) -> None:
         finally:
             AttentionInterface.register(hidden_columns.NAME, plain)
     torch.testing.assert_close(found, weights[0], **CLOSE)
+
+
+def test_a_row_is_still_that_of_its_tokens_where_another_method_has_just_dropped_some() -> None:
+    model, inputs = subject("llava").model, inputs_of("llava")
+    columns = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
+    row = look(model, inputs, Observation("last_row", layer=1), where=Stage("layer", 2)).observed["last_row"][0, columns]
+    with accel.apply(model, Chosen(at=((2, 0.5),)), accel.FastV(keep=0.5, layer=2)) as handle:
+        first, second = kept_by(handle, lambda: model(**inputs))
+    assert second == sorted(sorted(first, key=lambda token: -float(row[token]))[:4])
 
 
 # --- pictures of other shapes, videos -------------------------------------------------------------------------------------------

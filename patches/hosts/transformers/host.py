@@ -143,6 +143,7 @@ def _why_no_module(kind: str) -> str:
 
 def _refuse_unpatchable(base: nn.Module, decoder: nn.Module, modules: list[nn.Module]) -> None:
     from accel.patches.hosts.transformers.layers import LAYERS, SLOT
+    from accel.patches.hosts.transformers.pruning.attach import MARK
 
     if not modules:
         classes = sorted({type(m).__name__ for m in decoder.modules() if "attention" in type(m).__name__.lower()})
@@ -150,7 +151,7 @@ def _refuse_unpatchable(base: nn.Module, decoder: nn.Module, modules: list[nn.Mo
             f"{type(base).__name__} does not use transformers' attention interface, so its attention cannot be replaced",
             [f"attention classes found: {', '.join(classes) or 'none'}"],
         )
-    names = list(getattr(getattr(base, "_accel_pruning", None), "names", []))
+    names = list(getattr(getattr(base, MARK, None), "names", []))
     for module in modules:
         slot = getattr(module, SLOT, None)
         if slot is not None and slot.key in LAYERS:

@@ -226,12 +226,13 @@ class Decoder:
             keys = KeptKeys(lambda: index, index.shape[1], 0, survivors.has_holes, ("no cache", running.n_cuts))
         else:
             held = logical_layer(cache, layer)
-            keys = self._keys_with(held, survivors, running, device)
+            keys = self._keys_with(held, survivors, device)
             held.announce(survivors)
         found["attention_mask"] = _short_mask(kwargs.get("attention_mask"), local, survivors.on(device), keys)
         return found
 
-    def _keys_with(self, held: LogicalLayer | StaticLogicalLayer, survivors: Survivors, running: Pass, device: torch.device) -> KeptKeys:
+    def _keys_with(self, held: LogicalLayer | StaticLogicalLayer, survivors: Survivors, device: torch.device) -> KeptKeys:
+        """The keys of a layer once the survivors of this pass have joined them. Their numbers are put together only if the mask needs them."""
         coming = survivors.on(device)
         m, has_holes = coming.shape[1], held.has_holes or survivors.has_holes
         if isinstance(held, StaticLogicalLayer):
@@ -241,9 +242,8 @@ class Decoder:
             # slots that are not written yet are holes too
             return KeptKeys(lambda: index, index.shape[1], offset, True, ("static", held.history, survivors.number))
         n = held.n_entries
-        whole = None if n == 0 else held.whole_index(len(coming)).to(device)
         key = ("pass", held.history, survivors.number, n, held.window)
-        return KeptKeys(lambda: coming if whole is None else torch.cat([whole, coming], 1), n + m, n, has_holes, key)
+        return KeptKeys(lambda: torch.cat([held.whole_index(len(coming)).to(device), coming], 1) if n else coming, n + m, n, has_holes, key)
 
     # --- behind the decoder -----------------------------------------------------------------------------------------------------
 
@@ -294,7 +294,7 @@ class Decoder:
 
 
 def _recomputes_hooks(decoder: nn.Module) -> bool:
-    """Whether layers are checkpointed together with the hooks in front of them: transformers before 5.2x wrapped `__call__`, not `forward`."""
+    """Whether layers are checkpointed together with the hooks in front of them: older transformers wrap `__call__`, newer ones `forward`."""
     layer: Any = next(iter(decoder.layers))     # type: ignore[arg-type]
     is_checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
     return bool(is_checkpointed and any("__call__" in vars(cls) for cls in type(layer).__mro__ if cls.__name__ == "GradientCheckpointingLayer"))

@@ -5,6 +5,7 @@ from accel.errors import OptionError as OptionError
 from accel.errors import PatchError as PatchError
 from accel.errors import UnsupportedError as UnsupportedError
 from accel.handle import Handle as Handle
+from accel.patches.cake import CAKE as CAKE
 from accel.patches.dense import Dense as Dense
 from accel.patches.downsample import Downsample as Downsample
 from accel.patches.dyvte import DyVTE as DyVTE

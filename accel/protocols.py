@@ -440,10 +440,12 @@ class CacheNeeds:
     """What a host keeps for `select` beside the cache itself.
 
     n_queries: how many of the last queries `CompressionContext.q` holds where a step brings fewer; hosts keep a ring of them while decoding.
+    every_step: whether `observe` is called at the steps that leave nothing to select.
     """
 
     n_queries: int = 0
     attention_mass: bool = False
+    every_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -457,6 +459,7 @@ class CompressionContext:
     valid: (B, H, N) bool, False for padding.
     scale_shapes: height and width of every scale of a next-scale model; `step` counts scales there, decoding steps elsewhere.
     state: one dict per (sequence batch, layer), repeated and reordered with the cache; shared by the groups of the layer.
+    shared: one dict per sequence batch for all layers, for plain values: what `groups` may read of other layers and earlier steps.
     """
 
     layer: int
@@ -475,6 +478,7 @@ class CompressionContext:
     protected: Tensor | None = None         # (B, N_prompt) bool by position: text beside visual tokens, marked prefixes
     has_guidance_pairs: bool = False        # rows b and b + B/2 are the conditional and the unconditional half of one image
     state: MutableMapping[str, Any] = field(default_factory=dict)
+    shared: MutableMapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -508,15 +512,19 @@ class KVCompression(Method):
         return CacheNeeds()
 
     @abstractmethod
-    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int) -> list[HeadGroup]:
+    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int, shared: Mapping[str, Any] | None = None) -> list[HeadGroup]:
         """Integer budgets of one layer that holds `n_entries` tokens of the prompt or the scales so far, every KV head in exactly one group.
 
+        shared: `CompressionContext.shared` as it is before this layer's step; None where nothing has run, and hosts want to know what to expect.
         The heads of the groups never change during a request, the budgets may.
         """
 
     @abstractmethod
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
         """The entries of this group that stay; as many as its budget. Asked only where there are more."""
+
+    def observe(self, ctx: CompressionContext, group: HeadGroup) -> None:
+        """Looks at a group that fits its budget, where `CacheNeeds.every_step` asks for it; `select` sees the others."""
 
     def release(self, model: ModelInfo, layer: int, *, step: int) -> bool:
         """Whether the layer's cache can be freed after this step (last scale)."""

@@ -29,12 +29,12 @@ def require_share(method: Method, option: str) -> None:
     require(method, is_number(value) and 0 < value <= 1, f"{option} must lie in (0, 1], got {value!r}")
 
 
-def require_keep(method: Method) -> None:
-    """Raises OptionError unless the option `keep` is a share in (0, 1], written with a point, or a whole number of tokens from 2 on."""
-    value = method.options()["keep"]
+def require_keep(method: Method, option: str = "keep") -> None:
+    """Raises OptionError unless the option is a share in (0, 1], written with a point, or a whole number of tokens from 2 on."""
+    value = method.options()[option]
     hint = ": 1.0 is everything, and a single token is no count" if is_whole(value) and value == 1 else ""
     fits = value > 1 if is_whole(value) else is_number(value) and 0 < value <= 1
-    require(method, fits, f"keep must be a share in (0, 1], such as 0.25, or a number of tokens, such as 64, got {value!r}{hint}")
+    require(method, fits, f"{option} must be a share in (0, 1], such as 0.25, or a number of tokens, such as 64, got {value!r}{hint}")
 
 
 def require_whole(method: Method, option: str, low: int, *, or_none: bool = False) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ class Evictor(KVCompression):
     def when(self) -> tuple[When, ...]:
         return ()
 
-    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int) -> list[HeadGroup]:
+    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int, shared: Mapping[str, Any] | None = None) -> list[HeadGroup]:
         return []
 
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:

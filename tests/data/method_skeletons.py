@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -261,7 +261,7 @@ class HACK(KVCompression):
         object.__setattr__(bound, "_is_contextual", types)
         return bound
 
-    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int) -> list[HeadGroup]:
+    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int, shared: Mapping[str, Any] | None = None) -> list[HeadGroup]:
         assert model.scale_shapes is not None
         whole = sum(height * width for height, width in model.scale_shapes)
         types = self._is_contextual[layer]
@@ -328,7 +328,7 @@ class HeavyHitters(KVCompression):
     def needs(self) -> CacheNeeds:
         return CacheNeeds(attention_mass=True) if self.score == "mass" else CacheNeeds(n_queries=32)
 
-    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int) -> list[HeadGroup]:
+    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int, shared: Mapping[str, Any] | None = None) -> list[HeadGroup]:
         # deeper layers get less, as in pyramid budgets
         share = 1.5 - layer / max(model.n_layers - 1, 1)
         return [HeadGroup(tuple(range(model.n_kv_heads)), max(self.window + 1, int(self.keep * share)))]

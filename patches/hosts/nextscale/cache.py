@@ -44,6 +44,7 @@ class CompressedCache(ScaleCache):
         self.method, self.is_guided, self.counters = method, is_guided, counters
         self.info = replace(info, scale_shapes=schedule.sizes)
         self._needs = method.needs()
+        self._shared: dict[str, Any] = {}
         self._layers: dict[int, Layer] = {}
         self._whole: dict[int, bool] = {}
         # by device: the scale of every position, and the numbers of heads that are no neighbours
@@ -110,10 +111,10 @@ class CompressedCache(ScaleCache):
     # --- one layer at one scale -----------------------------------------------------------------------------------------------
 
     def _keeps_whole(self, layer: int) -> bool:
-        """Whether no scale brings more entries to this layer than its budgets hold."""
+        """Whether no scale brings more entries to this layer than its budgets hold, and the method does not want to look at them."""
         if layer not in self._whole:
             ends = [self.schedule.span(scale)[1] for scale in range(len(self.schedule))]
-            self._whole[layer] = all(
+            self._whole[layer] = not self._needs.every_step and all(
                 group.budget >= end for scale, end in enumerate(ends) for group in self.method.groups(self.info, layer, step=scale, n_entries=end)
             )
         return self._whole[layer]
@@ -147,8 +148,7 @@ class CompressedCache(ScaleCache):
         """Attention of one group, and how many entries of all rows and heads it read, and left behind."""
         every = self._with_new(held, number, k, v)
         kept, attended, retain = every, every, None
-        if self._is_asked("before_attention") and len(every) > group.budget:
-            retain = self._answer(layer, group, held, every, queries)
+        if self._is_asked("before_attention") and (retain := self._answer(layer, group, held, every, queries)) is not None:
             merged = every.merged(retain)
             kept = merged.at(retain.cache_index, retain.ok)
             attended = kept if retain.attend_index is None else merged.at(retain.attend_index)
@@ -158,8 +158,8 @@ class CompressedCache(ScaleCache):
             return out, n_rows * len(attended), 0
         if every.mass is not None:
             kept = replace(kept, mass=_mass_of_kept(every.mass, retain, attended.received(q, self.softmax_scale)))
-        if (self._is_asked("after_prefill") or self._is_asked("every_n_steps")) and len(kept) > group.budget:
-            retain = self._answer(layer, group, held, kept, queries)
+        is_asked = self._is_asked("after_prefill") or self._is_asked("every_n_steps")
+        if is_asked and (retain := self._answer(layer, group, held, kept, queries)) is not None:
             if retain.attend_index is not None:
                 raise PatchError(f"{self.method.method_name()}: attend_index says what attention reads, but it is asked behind attention")
             kept = kept.merged(retain).at(retain.cache_index, retain.ok)
@@ -177,17 +177,23 @@ class CompressedCache(ScaleCache):
         position = None if start == 0 else torch.arange(start, held.n_seen, device=k.device, dtype=torch.int32).expand(k.shape[:3])
         return Entries(k, v, position=position, mass=mass)
 
-    def _answer(self, layer: int, group: HeadGroup, held: Layer, every: Entries, queries: Tensor) -> Retain:
-        """What the method keeps of a group."""
+    def _answer(self, layer: int, group: HeadGroup, held: Layer, every: Entries, queries: Tensor) -> Retain | None:
+        """What the method keeps of a group; None where the group fits its budget, at which the method may only look."""
+        is_full = len(every) > group.budget
+        if not is_full and not self._needs.every_step:
+            return None
         position = every.positions()
         ctx = CompressionContext(
             layer=layer, step=self.scale, q=queries, k=every.k, v=every.v, scale=self.softmax_scale, position=position, valid=every.validity(),
             q_position=torch.arange(held.n_seen - queries.shape[2], held.n_seen, device=queries.device).expand(queries.shape[0], -1),
             attention_mass=every.mass, scale_shapes=self.schedule.sizes, entry_scale=self._scales(position), has_guidance_pairs=self.is_guided,
-            state=held.state,
+            state=held.state, shared=self._shared,
         )  # fmt: skip
         # under autocast the products of a method's scores would lose the digits that tell entries apart
         with torch.autocast(queries.device.type, enabled=False):
+            if not is_full:
+                self.method.observe(ctx, group)
+                return None
             retain = self.method.select(ctx, group)
         check_answer(retain, group, every, self.method.method_name())
         return retain
@@ -195,7 +201,7 @@ class CompressedCache(ScaleCache):
     def _groups(self, layer: int, held: Layer, *, n_heads: int) -> list[HeadGroup]:
         """The layer's groups at this scale, without empty ones."""
         name = self.method.method_name()
-        found = self.method.groups(self.info, layer, step=self.scale, n_entries=held.n_seen)
+        found = self.method.groups(self.info, layer, step=self.scale, n_entries=held.n_seen, shared=self._shared)
         groups = [group for group in found if group.heads]
         heads = [group.heads for group in groups]
         if sorted(head for group in heads for head in group) != list(range(n_heads)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +47,7 @@ class Toy(KVCompression):
     def needs(self) -> CacheNeeds:
         return self.wants
 
-    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int) -> list[HeadGroup]:
+    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int, shared: Mapping[str, Any] | None = None) -> list[HeadGroup]:
         assert n_entries == STARTS[step + 1]
         return [HeadGroup(heads, budget) for heads, budget in self.budgets]
 
@@ -389,13 +389,41 @@ def test_the_memory_of_dropped_entries_is_free() -> None:
 def test_layers_with_room_for_everything_are_left_to_the_plain_cache() -> None:
     @dataclass(frozen=True, kw_only=True)
     class SecondLayer(Toy):
-        def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int) -> list[HeadGroup]:
+        def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int, shared: Mapping[str, Any] | None = None) -> list[HeadGroup]:
             return [HeadGroup((0, 1), 30), HeadGroup((2, 3), 30 if layer == 0 else 5)]
 
     method = SecondLayer()
     outs, plain = run(new_cache(method), layers=(0, 1)), run(ScaleCache(Schedule(SHAPES)))
     assert all(torch.equal(a, b) for a, b in zip(outs, plain, strict=True))
     assert {ctx.layer for ctx, _ in method.seen} == {1}
+
+
+def test_a_method_that_asks_for_every_step_looks_at_those_that_fit_and_shares_what_it_saw_among_layers() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Watcher(Toy):
+        looked: list[tuple[int, int, int]] = field(default_factory=list, compare=False)
+        handed: list[dict[str, Any] | None] = field(default_factory=list, compare=False)
+
+        def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int, shared: Mapping[str, Any] | None = None) -> list[HeadGroup]:
+            self.handed.append(None if shared is None else dict(shared))
+            return super().groups(model, layer, step=step, n_entries=n_entries)
+
+        def observe(self, ctx: CompressionContext, group: HeadGroup) -> None:
+            self.looked.append((ctx.layer, ctx.step, ctx.k.shape[2]))
+            ctx.shared[str((ctx.layer, ctx.step))] = True
+
+    method = Watcher(wants=CacheNeeds(every_step=True), budgets=(((0, 1, 2, 3), 14),))
+    run(new_cache(method), layers=(0, 1))
+    assert method.looked == [(layer, step, n) for step, n in enumerate((1, 5, 14)) for layer in (0, 1)]
+    # the last scale does not fit: `select` sees it
+    assert [(ctx.layer, ctx.step) for ctx, _ in method.seen] == [(0, 3), (1, 3)]
+    assert [sorted(shared) for shared in method.handed if shared][:2] == [["(0, 0)"], ["(0, 0)", "(1, 0)"]]
+    # another generation knows nothing of this one; one that asks for less is not shown what fits
+    for wants, looks in ((CacheNeeds(every_step=True), 6), (CacheNeeds(), 0)):
+        other = Watcher(wants=wants, budgets=(((0, 1, 2, 3), 14),))
+        run(new_cache(other), layers=(0, 1))
+        assert len(other.looked) == looks
+        assert next(shared for shared in other.handed if shared is not None) == {}
 
 
 def test_a_layer_may_be_released_early_and_starts_anew() -> None:

@@ -6,7 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from accel.errors import PatchError, UnsupportedError
 from accel.models.var import VAR
 from accel.patches.random_kv import RandomKV
 from accel.patching import host_for, hosts
-from accel.protocols import KVCompression
+from accel.protocols import HeadGroup, KVCompression, ModelInfo
 from accel.registry import method_class, method_names
 
 METHODS = [name for name in method_names() if issubclass(method_class(name), KVCompression)]
@@ -220,3 +220,25 @@ def test_ls_shows_where_cache_methods_run() -> None:
         assert len(rows[name].hosts["transformers"]) == 2
     assert rows["flexprefill"].hosts["nextscale"]
     assert "autocast" in host_notes()["nextscale"]
+
+
+def test_a_method_that_does_not_fit_the_default_scales_waits_for_those_that_it_fits() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Picky(RandomKV):
+        """Takes pictures of four scales only."""
+
+        @classmethod
+        def method_name(cls) -> str:
+            return "picky"
+
+        def groups(self, model: ModelInfo, layer: int, **options: Any) -> list[HeadGroup]:
+            if len(model.scale_shapes or ()) != 4:
+                raise UnsupportedError("picky knows four scales", ["others are too many"])
+            return super().groups(model, layer, **options)
+
+    model = tiny_infinity()
+    with accel.apply(model, Picky(keep=0.5)) as handle:
+        assert any("picky will not draw with the default scales: picky knows four scales" in notice for notice in handle.notices)
+        with pytest.raises(UnsupportedError, match="picky knows four scales"):
+            model.generate(FEATURES, seed=0, schedule=[1, 2, 3], output="tensor")
+        assert image(model).shape[0] == 2

@@ -2,7 +2,8 @@
 
 A sparse-attention control gets the density that the first sparse method reached on the very same prompt; a token-pruning control the share or count
 that the methods beside it are asked to keep, or the share that they reached on the very same prompt where that is another one: controls drop tokens
-in front of the decoder, others inside it. No method is named here: a control is whatever has the option `density` or `keep`.
+in front of the decoder, others inside it. A control of cache methods gets the share or count of entries that they are asked to keep, or the share
+that they read in the end where they have no such option. No method is named here: a control is whatever has the option `density` or `keep`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ from typing import Any
 
 from accel.errors import AccelError, OptionError
 from accel.evals.results import SampleRecord
-from accel.protocols import Method, ModelInfo, SparseAttention, TokenPruning, Unit
+from accel.protocols import KVCompression, Method, ModelInfo, SparseAttention, TokenPruning, Unit
 from accel.registry import build, method_class
 
 # what a control shares with the method it is compared to, apart from the budget
 _SHARED = (
     "block_size", "min_seq_len", "dense_layers", "dense_kernel", "precision", "position_mode", "newline", "min_tokens", "budget_scope",
 )  # fmt: skip
-_BUDGETS: dict[type[Method], str] = {SparseAttention: "density", TokenPruning: "keep"}
+_BUDGETS: dict[type[Method], str] = {SparseAttention: "density", TokenPruning: "keep", KVCompression: "keep"}
+# by the same kinds, what a control runs at
+_RUNS_AT: dict[type[Method], str] = {
+    SparseAttention: "the density of a sparse-attention method", TokenPruning: "the budget of a token-pruning method",
+    KVCompression: "the budget of a method that compresses the cache",
+}  # fmt: skip
+_KEEPING = (TokenPruning, KVCompression)
 # a picture of a usual size, on which what a method is asked to keep is compared to what the layers see; the rest is rounding
 _PICTURE = Unit(0, 576, 24, 24)
 _ROUNDING = 0.02
@@ -41,7 +48,7 @@ class Control:
 
 
 def plan_controls(names: Sequence[str], methods: Mapping[str, Sequence[Method]], info: ModelInfo | None = None) -> list[Control]:
-    """The controls that the methods (by label) need: one per name, for token pruning one per name and budget.
+    """The controls that the methods (by label) need: one per name, for methods that are told how much to keep one per name and budget.
 
     info: of the model, which tells whether its layers see on average what a method is asked to keep; without it, that is taken for granted.
     Raises OptionError for names without the option that sets the budget, and where no method is there to be compared to.
@@ -52,10 +59,10 @@ def plan_controls(names: Sequence[str], methods: Mapping[str, Sequence[Method]],
 def keep_of(methods: Sequence[Method]) -> float | int | None:
     """What the methods are asked to keep, a share as a float or a count as an int.
 
-    None where none of them drops visual tokens, where several do, and where the one that does has no such option.
+    None where none of them drops visual tokens or cache entries, where several do, and where the one that does has no such option.
     """
-    pruning = [m for m in methods if isinstance(m, TokenPruning)]
-    keep = pruning[0].options().get("keep") if len(pruning) == 1 else None
+    keeping = [m for m in methods if isinstance(m, _KEEPING)]
+    keep = keeping[0].options().get("keep") if len(keeping) == 1 else None
     return keep if isinstance(keep, float | int) else None
 
 
@@ -72,10 +79,11 @@ def swept(methods: Mapping[str, Sequence[Method]], keeps: Sequence[float | int])
             found[label] = list(group)
             continue
         for keep in keeps:
-            changed = [build(m.method_name(), {**m.options(), "keep": keep}) if isinstance(m, TokenPruning) else m for m in group]
+            changed = [build(m.method_name(), {**m.options(), "keep": keep}) if isinstance(m, _KEEPING) else m for m in group]
             found[" + ".join(describe(m) for m in changed)] = changed
     if not any(keep_of(group) is not None for group in found.values()):
-        raise OptionError(f"keeps are tried on token-pruning methods that can be told how much to keep, got {', '.join(methods)}")
+        got = ", ".join(methods) or "none"
+        raise OptionError(f"keeps are tried on methods that prune tokens or compress the cache and can be told how much to keep, got {got}")
     return found
 
 
@@ -97,22 +105,21 @@ def build_control(control: Control, methods: Sequence[Method], found: SampleReco
         dense: dict[str, Any] = {"density": 1.0}
         return build(control.name, {**options, **(dense if found.density is None else {"density": found.density, "min_seq_len": 0})})
     # a prompt that the reference left whole is no budget to be beaten at
-    is_reached = control.keep is None or (found.kept_share is None and bool(found.not_pruned))
-    return build(control.name, {**options, "keep": _reached(found) if is_reached else control.keep})
+    is_reached = control.keep is None or (isinstance(reference, TokenPruning) and found.kept_share is None and bool(found.not_pruned))
+    return build(control.name, {**options, "keep": _reached(reference, found) if is_reached else control.keep})
 
 
 def _plan(name: str, methods: Mapping[str, Sequence[Method]], info: ModelInfo | None) -> list[Control]:
-    option = _BUDGETS[_kind(name)]
+    kind = _kind(name)
     beside = {label: reference for label, group in methods.items() if (reference := _reference(name, group)) is not None}
     if not beside:
-        what = {"density": "the density of a sparse-attention method", "keep": "the budget of a token-pruning method"}[option]
-        raise OptionError(f"the control {name} runs at {what}: name one")
-    if option == "density":
+        raise OptionError(f"the control {name} runs at {_RUNS_AT[kind]}: name one")
+    if _BUDGETS[kind] == "density":
         return [Control(f"{name} (same density)", name, (next(iter(beside)),))]
     groups: dict[tuple[str, float | int | None], list[str]] = {}
     for label, reference in beside.items():
-        keep = keep_of(methods[label])
-        if keep is not None and info is not None and not _sees_what_is_asked(reference, keep, info):
+        keep = keep_of([m for m in methods[label] if isinstance(m, kind)])
+        if keep is not None and info is not None and isinstance(reference, TokenPruning) and not _sees_what_is_asked(reference, keep, info):
             keep = None
         budget = f"share kept by {label}" if keep is None else f"keep {keep}"
         shared = [f"{key} {value}" for key, value in _shared(name, reference).items() if value != _default(name, key)]
@@ -125,9 +132,8 @@ def _reference(name: str, methods: Sequence[Method]) -> Method | None:
     return next((m for m in methods if isinstance(m, _kind(name)) and m.method_name() != name), None)
 
 
-def _sees_what_is_asked(method: Method, keep: float | int, info: ModelInfo) -> bool:
+def _sees_what_is_asked(method: TokenPruning, keep: float | int, info: ModelInfo) -> bool:
     """Whether the decoder layers see, as a mean, what the method is asked to keep. False where only a run can tell."""
-    assert isinstance(method, TokenPruning)
     try:
         bound = method.bind(info)
         stages = bound.stages(info)
@@ -148,10 +154,13 @@ def _sees_what_is_asked(method: Method, keep: float | int, info: ModelInfo) -> b
     return abs(mean - wanted) <= _ROUNDING * wanted
 
 
-def _reached(found: SampleRecord) -> float:
-    """The share that a method kept of one prompt, never nothing: a control keeps a token at least."""
-    least = 1 / max(found.visual_tokens, 1)
-    return 1.0 if found.kept_share is None else min(1.0, max(found.kept_share, least))
+def _reached(reference: Method, found: SampleRecord) -> float:
+    """The share that a method kept of one prompt, never nothing: a control keeps a token, or an entry, at least."""
+    if isinstance(reference, KVCompression):
+        kept, whole = (None, 1) if found.cache is None else (found.cache["kept_share"], found.cache["whole"][-1])
+    else:
+        kept, whole = found.kept_share, found.visual_tokens
+    return 1.0 if kept is None else min(1.0, max(kept, 1 / max(whole, 1)))
 
 
 def _seed(found: SampleRecord) -> int:

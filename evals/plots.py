@@ -77,13 +77,21 @@ def accuracy_density_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[st
 
 
 def accuracy_keep_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
-    """SVG of the share of right answers against the share of visual tokens kept (logarithmic), a line per series with standard errors.
+    """`keep_plot` of the share of right answers against the share of visual tokens."""
+    return keep_plot(rows, colours, x_label="visual tokens kept, as a mean over the layers", y_label="share of right answers", y_limits=(-0.03, 1.05))
+
+
+def keep_plot(
+    rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, x_label: str, y_label: str, y_limits: tuple[float, float | None] = (0, None),
+    width: float = 8.6,
+) -> str:  # fmt: skip
+    """SVG of a figure against the share kept (logarithmic), a line per series with standard errors.
 
     rows: series, share, score, stderr, is_baseline; a baseline is drawn across the whole width.
     """
     # long names stand below each other
-    n_columns = 1 if max(map(len, colours)) > 40 else 3
-    with _figure(width=8.6, height=3.8 + 0.18 * -(-len(colours) // n_columns)) as (figure, axes):
+    n_columns = 1 if max(map(len, colours)) > 40 else max(1, int(width / 2.4))
+    with _figure(width=width, height=3.8 + 0.18 * -(-len(colours) // n_columns)) as (figure, axes):
         for number, (series, colour) in enumerate(colours.items()):
             mine = sorted((r for r in rows if r["series"] == series), key=lambda r: r["share"])
             if mine and mine[0]["is_baseline"]:
@@ -102,10 +110,26 @@ def accuracy_keep_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, 
         axes.set_xlim(min(shares) / 1.25, max(r["share"] for r in rows if not r["is_baseline"]) * 1.25)
         axes.set_xticks(shares, [f"{100 * share:.3g} %" for share in shares])
         axes.minorticks_off()
-        axes.set_ylim(-0.03, 1.05)
-        axes.set_xlabel("visual tokens kept, as a mean over the layers")
-        axes.set_ylabel("share of right answers")
+        axes.set_ylim(*y_limits)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         figure.legend(loc="outside lower left", frameon=False, ncols=n_columns, fontsize=8)
+        return _svg(figure)
+
+
+def entries_plot(lines: Sequence[Mapping[str, Any]], *, width: float = 8.6) -> str:
+    """SVG of cache entries per head against the scale, a line each. lines: label, entries (one number per scale), is_baseline."""
+    colours = colour_by_label(lines)
+    with _figure(width=width, height=3.8 + 0.18 * len(lines)) as (figure, axes):
+        for line in lines:
+            look: dict[str, Any] = {"marker": "s", "linestyle": "--"} if line["is_baseline"] else {"marker": "o", "linestyle": "-"}
+            scales = range(1, len(line["entries"]) + 1)
+            axes.plot(scales, line["entries"], label=line["label"], color=colours[line["label"]], markersize=5, linewidth=1.8, **look)
+        axes.set_xticks(range(1, max(len(line["entries"]) for line in lines) + 1))
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("scale, from coarse to fine")
+        axes.set_ylabel("entries per head that attention reads")
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8)
         return _svg(figure)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from accel.errors import AccelError
 from accel.evals import plots
-from accel.evals.drawn import drawn_sections
 from accel.evals.overlays import data_address
+from accel.evals.report_drawn import drawn_cards, drawn_figures, drawn_sections
 from accel.evals.report_pictures import picture_sections, points, share_kept, spread_exits, text_scores
-from accel.evals.report_sections import Row, Section, Table, milliseconds, number, ratio, score_cell, sections
+from accel.evals.report_sections import Card, Figure, Row, Section, Table, milliseconds, number, ratio, score_cell, sections
 
 NEEDED_FOR_HTML = ("jinja2", "matplotlib")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -26,31 +26,6 @@ class Reports:
 
     markdown: Path
     html: Path
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture for the HTML page: SVG text, or the data address of an image. `title` stands above it, `caption` below.
-
-    starts_row: the figure is the first of its row.
-    """
-
-    section: str
-    title: str
-    caption: str
-    svg: str = ""
-    image: str = ""
-    is_square: bool = False
-    starts_row: bool = False
-
-
-@dataclass(frozen=True)
-class Card:
-    """One key figure at the top of the page."""
-
-    value: str
-    label: str
-    detail: str
 
 
 def require_packages() -> None:
@@ -79,7 +54,7 @@ def write_reports(folder: str | Path) -> Reports:
 
 def render_markdown(result: Mapping[str, Any]) -> str:
     """The report as GitHub-flavoured markdown, without figures."""
-    parts = [f"# {_title(result)}", _subtitle(result)]
+    parts = [f"# {_title(result)}", _subtitle(result), *(f"> {notice}" for notice in result.get("notices", []))]
     for section in all_sections(result):
         parts += [f"## {section.title}", *section.paragraphs]
         parts += ["\n".join(f"- {bullet}" for bullet in section.bullets)] if section.bullets else []
@@ -127,7 +102,8 @@ def figures_of(result: Mapping[str, Any]) -> list[Figure]:
     figures = [figure for metric, unit, name in (("ttft_ms", 1e3, "time to first token, s"), ("tpot_ms", 1.0, "time per output token, ms"))
                if (figure := _time_figure(metric, latency, colours, unit=unit, y_label=name))]  # fmt: skip
     about_pictures = [*_keep_figures(result.get("means", [])), *_exit_figures(spread_exits(result)), *_attention_figures(result.get("attention"))]
-    return [*figures, *_accuracy_figures(scores, colours), *about_pictures, *_map_figures(result.get("block_maps", []))]
+    drawn = drawn_figures(result.get("drawn", []))
+    return [*figures, *_accuracy_figures(scores, colours), *about_pictures, *drawn, *_map_figures(result.get("block_maps", []))]
 
 
 def cards(result: Mapping[str, Any]) -> list[Card]:
@@ -151,7 +127,7 @@ def cards(result: Mapping[str, Any]) -> list[Card]:
             found.append(Card(milliseconds(r["ms"]["median"]), f"to first token at {length}", ratios))
             explained = r["note"] or "share of causal tiles computed"
             found.append(Card(number(r["density"], 2, missing="dense"), f"density at {length}", explained))
-    return [*found, *_picture_cards(result.get("means", []), result.get("paired", []))]
+    return [*found, *_picture_cards(result.get("means", []), result.get("paired", [])), *drawn_cards(result)]
 
 
 def _picture_cards(means: Sequence[Row], paired: Sequence[Row]) -> list[Card]:
@@ -228,7 +204,7 @@ def _overlay_figures(result: Mapping[str, Any], folder: Path) -> list[Figure]:
     """The pictures that the result names, read from its folder."""
     return [
         Figure(section, row["title"], row["caption"], image=data_address((folder / row["file"]).read_bytes()), starts_row=row["starts_row"])
-        for section, key in (("overlays", "overlays"), ("drawn", "grids"))
+        for section, key in (("overlays", "overlays"), ("grids", "grids"))
         for row in result.get(key, [])
     ]
 

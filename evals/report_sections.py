@@ -38,6 +38,31 @@ class Section:
     tables: list[Table] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A picture for the HTML page: SVG text, or the data address of an image. `title` stands above it, `caption` below.
+
+    starts_row: the figure is the first of its row.
+    """
+
+    section: str
+    title: str
+    caption: str
+    svg: str = ""
+    image: str = ""
+    is_square: bool = False
+    starts_row: bool = False
+
+
+@dataclass(frozen=True)
+class Card:
+    """One key figure at the top of the page."""
+
+    value: str
+    label: str
+    detail: str
+
+
 def sections(result: Mapping[str, Any]) -> list[Section]:
     """Everything that the result holds, in reading order; what it lacks is left out."""
     built = [

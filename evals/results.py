@@ -44,6 +44,9 @@ class SampleRecord:
     for, a share or a count. not_pruned: prompts left whole, by reason. structural_tokens: visual tokens without a patch, such as row ends.
     layer_tokens: visual tokens, structural ones included, that reached each decoder layer; None where no method could drop any, and in older runs.
     features: what the judge makes of a picture that the model drew, and prefill_ms is the time of the whole picture then; None for other samples.
+    psnr, perceptual: of that picture, to the one that the unpatched model draws from the same seed; None for that one, and in older runs.
+    cache: entries per head and bytes of a compressed cache (`drawn.cache_figures`), None where none was compressed. memory: what drawing one picture
+    takes of the process's memory (`drawn.memory_figures`); told by the first sample of each label only.
     """
 
     task: str
@@ -75,6 +78,10 @@ class SampleRecord:
     structural_tokens: int = 0
     layer_tokens: list[int] | None = None
     features: list[float] | None = None
+    psnr: float | None = None
+    perceptual: float | None = None
+    cache: dict[str, Any] | None = None
+    memory: dict[str, Any] | None = None
 
     @property
     def last_visual_layer(self) -> int | None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import accel
 from accel.errors import AccelError, OptionError
+from accel.evals.album import Album
 from accel.evals.controls import Control, build_control, keep_of, plan_controls
-from accel.evals.drawn import draw_sample, image_model
+from accel.evals.drawn import cache_figures, dense_picture, draw_sample, image_model
 from accel.evals.latency import quiet_notices
 from accel.evals.models import LoadedModel
 from accel.evals.pictures import ask, is_right, vision_model
@@ -64,7 +65,7 @@ def run_accuracy(
             applied = _methods_for(key, methods, planned, folder)
             sample = prompts[place][key.sample]
             _require_same_prompt(folder, key, sample)
-            folder.append(_measure(loaded, key, sample, applied))
+            folder.append(_measure(loaded, key, sample, applied, Album(folder.path)))
             bar.update()
     return rows_of(folder, wanted)
 
@@ -157,8 +158,9 @@ def _methods_for(key: SampleKey, methods: Mapping[str, Sequence[Method]], contro
     return [build_control(control, methods[reference], found)]
 
 
-def _measure(loaded: LoadedModel, key: SampleKey, sample: AnySample, methods: Sequence[Method]) -> SampleRecord:
+def _measure(loaded: LoadedModel, key: SampleKey, sample: AnySample, methods: Sequence[Method], album: Album) -> SampleRecord:
     """Scores one sample with the methods on; the counters are read when the prompt is through, so that decoding does not dilute them."""
+    dense = dense_picture(image_model(loaded), key, sample, album) if isinstance(sample, ClassSample) else None
     prefill: dict[str, Any] = {"density": None, "sparse_calls": 0, "dense_calls": {}, "selection_ms": None}
     events: list[PruningEvent] = []
     with ExitStack() as stack:
@@ -167,14 +169,14 @@ def _measure(loaded: LoadedModel, key: SampleKey, sample: AnySample, methods: Se
             stack.enter_context(handle.observe_pruning(events.append))
 
         def count() -> None:
-            prefill.update(_counters(handle, events))
+            prefill.update(_counters(loaded, handle, events))
 
         if isinstance(sample, Sample):
             outcome = _scored(loaded, key, sample, count)
         elif isinstance(sample, PictureSample):
             outcome = _asked(loaded, key, sample, count)
         else:
-            outcome = draw_sample(image_model(loaded), sample, on_drawn=count)
+            outcome = draw_sample(image_model(loaded), key, sample, album, dense=dense, on_drawn=count)
     options = [{m.method_name(): m.changed_options()} for m in methods]
     outcome = {**outcome, **prefill, "visual_tokens": prefill.get("visual_tokens") or outcome.get("visual_tokens", 0)}
     return SampleRecord(
@@ -206,7 +208,7 @@ def _asked(loaded: LoadedModel, key: SampleKey, sample: PictureSample, on_prefil
     }  # fmt: skip
 
 
-def _counters(handle: Handle | None, events: Sequence[PruningEvent]) -> dict[str, Any]:
+def _counters(loaded: LoadedModel, handle: Handle | None, events: Sequence[PruningEvent]) -> dict[str, Any]:
     """What a handle counted in one prompt. events: its pruning stages."""
     if handle is None:
         return {}
@@ -217,6 +219,8 @@ def _counters(handle: Handle | None, events: Sequence[PruningEvent]) -> dict[str
         found |= {"visual_tokens": tokens.patches, "kept_tokens": tokens.kept_patches, "kept_share": tokens.kept_share}
         n_layers = tokens.all_layer_tokens // tokens.patches
         found |= {"structural_tokens": tokens.structural, "layer_tokens": layer_tokens(events, tokens.patches + tokens.structural, n_layers)}
+    if handle.stats.cache.generations:
+        found["cache"] = cache_figures(handle.stats.cache, model_info(loaded))
     return {**found, "not_pruned": {reason: n for reason, n in tokens.skipped.items() if n}}
 
 

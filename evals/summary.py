@@ -19,7 +19,7 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
 
     score: the share of right answers, or the perplexity of their tokens. n: answers. The standard error is taken over prompts, since the
     answers of one prompt depend on each other; over answers where there is one prompt only; `stderr_over` tells which. kept_share: of the visual
-    tokens, as reached, a mean over the decoder layers.
+    tokens, as reached, a mean over the decoder layers. cache: as `cache_of` returns it.
     """
     first = records[0]
     exact = _mean_and_error([r.hits for r in records])
@@ -51,6 +51,7 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
         "keep": asked_of(records),
         "kept_share": kept_share_of(records),
         "visual_tokens": statistics.fmean(r.visual_tokens for r in records),
+        "cache": cache_of(records),
         "calls": {"sparse": n_sparse, "dense": dense_calls},
         "prefill_ms": _spread([r.prefill_ms for r in records]),
         "selection_ms": _spread(selection) if selection else None,
@@ -71,6 +72,19 @@ def kept_tokens_of(records: Sequence[SampleRecord]) -> float | None:
     if not any(_was_asked(r) for r in records):
         return None
     return statistics.fmean(r.visual_tokens if r.kept_tokens is None else r.kept_tokens for r in records)
+
+
+def cache_of(records: Sequence[SampleRecord]) -> dict[str, Any] | None:
+    """Figures of compressed caches (`drawn.cache_figures`), every one as a mean over the samples that have them; None where none has."""
+    found = [r.cache for r in records if r.cache is not None]
+    if not found:
+        return None
+    return {key: _mean([figures[key] for figures in found]) for key in found[0]}
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """The mean of numbers, or of lists of numbers place by place."""
+    return [statistics.fmean(place) for place in zip(*values, strict=True)] if isinstance(values[0], list) else statistics.fmean(values)
 
 
 def asked_of(records: Sequence[SampleRecord]) -> float | int | None:

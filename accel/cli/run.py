@@ -23,11 +23,16 @@ if TYPE_CHECKING:
 HELP = "accuracy of methods on text or pictures, beside dense and controls of equal budget; can be resumed"
 
 # what runs beside methods of each kind
-CONTROLS = {"sparse_attention": "streaming,random_blocks", "token_pruning": "random_tokens,uniform_tokens,downsample"}
+CONTROLS = {"sparse_attention": "streaming,random_blocks", "token_pruning": "random_tokens,uniform_tokens,downsample",
+            "kv_compression": "random_kv,streaming_kv"}  # fmt: skip
+# by kind of task: which model runs where none was named
+MODELS = {"text": "smollm2", "picture": "small-vlm", "class": "small-var"}
 # asked about pictures, where nothing else was named
 PRUNING, PICTURES = "fastervlm", 50
+# offered where a model draws
+COMPRESSION = "h2o"
 DEFAULTS: dict[str, Any] = {
-    "model": "smollm2", "method": None, "recipe": None, "tasks": "needle,fewshot", "lengths": "4k", "samples": None, "controls": None, "keeps": None,
+    "model": None, "method": None, "recipe": None, "tasks": "needle,fewshot", "lengths": "4k", "samples": None, "controls": None, "keeps": None,
     "seed": 0, "dtype": "auto", "device": "cpu", "threads": None, "out": None, "resume": None, "limit": None,
 }  # fmt: skip
 WHOLE = ("samples", "threads", "limit")
@@ -37,17 +42,20 @@ KEPT = ("model", "device", "seed", "samples", "dtype", "tasks", "lengths", "cont
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # no default here: a flag that was not given must not override the settings file
-    parser.add_argument("--model", help="an embedded model, a folder, or a hub id (default: smollm2)")
-    default = f"the model's recipe, or flexprefill, or {PRUNING} on pictures"
+    usual = f"{MODELS['text']}, {MODELS['picture']} for questions about pictures, {MODELS['class']} for pictures to be drawn"
+    parser.add_argument("--model", help=f"an embedded model, a folder, or a hub id (default: {usual})")
+    default = f"the model's recipe, or flexprefill, or {PRUNING} on pictures; none where pictures are drawn"
     parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=f"repeatable (default: {default})")
     parser.add_argument("--recipe", help="a recipe file, measured as one more variant")
     names = ", ".join(_task_files())
-    parser.add_argument("--tasks", help=f"task names, ruler, scenes (pictures), or all (all text tasks); {names} (default: {DEFAULTS['tasks']})")
+    groups = "task names, ruler, scenes (questions about pictures), or all (all text tasks)"
+    parser.add_argument("--tasks", help=f"{groups}; {names} (default: {DEFAULTS['tasks']})")
     parser.add_argument("--lengths", help="lengths of text prompts in tokens, such as 2k,4k (default: 4k)")
     parser.add_argument("--samples", type=int, help=f"prompts per task and length, or pictures per task (default: 1, or {PICTURES} pictures)")
     usual = " or ".join(CONTROLS.values())
-    parser.add_argument("--controls", help=f"methods to run at the density, or with the tokens, of those asked for; none (default: {usual}, by kind)")
-    parser.add_argument("--keeps", help="run each token-pruning method once per share or count of visual tokens, such as 1.0,0.5,0.25,0.1,0.05")
+    parser.add_argument("--controls", help=f"methods to run at the budget of those asked for; none (default: {usual}, by kind)")
+    swept = "run each method that prunes tokens or compresses the cache once per share or count of visual tokens or cache entries"
+    parser.add_argument("--keeps", help=f"{swept}, such as 1.0,0.5,0.25,0.1,0.05")
     parser.add_argument("--seed", type=int, help="of the prompts (default: 0)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
@@ -60,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n  accel run --model smollm2 --method flexprefill:gamma=0.9,min_budget=256,min_seq_len=0 --tasks needle --lengths 2k\n"
         "  accel run --model small-vlm --method fastervlm --tasks scenes --keeps 0.5,0.25,0.1 --samples 100\n"
-        "  accel run --model small-var --tasks images --samples 200"
+        f"  accel run --model small-var --method {COMPRESSION} --tasks images --keeps 0.7,0.5,0.3,0.1 --samples 200"
     )
 
 
@@ -78,13 +86,16 @@ def main(args: argparse.Namespace) -> int:
     from accel.evals.tasks import expand_names, load_task
 
     tasks, lengths = expand_names(split_items(settings["tasks"])), parse_lengths(settings["lengths"])
-    is_about_pictures, is_drawing = (all(load_task(task).kind == kind for task in tasks) for kind in ("picture", "class"))
+    kinds = {load_task(task).kind for task in tasks}
+    is_about_pictures, is_drawing = kinds == {"picture"}, kinds == {"class"}
+    if settings["model"] is None:
+        # tasks of several kinds have no model of their own: the usual one refuses them, and says why
+        settings["model"] = MODELS[kinds.pop() if len(kinds) == 1 else "text"]
+        if settings["model"] != MODELS["text"]:
+            print(f"no --model was given: taking {settings['model']}, which can run {', '.join(tasks)}", file=sys.stderr)
     if settings["samples"] is None:
         settings["samples"] = PICTURES if is_about_pictures or is_drawing else 1
-    # the usual methods are for text and for questions: a model that draws runs dense where none is named
-    is_dense = is_drawing and not (settings["method"] or settings["recipe"] or earlier.get("methods"))
-    usual = PRUNING if is_about_pictures else None
-    variants = {} if is_dense else _variants(settings, earlier, usual=usual)
+    variants = _variants(settings, earlier, usual=PRUNING if is_about_pictures else None, is_drawing=is_drawing)
     controls = _controls(settings["controls"], variants)
     if args.dry_run:
         print_settings(settings)
@@ -108,8 +119,11 @@ def _earlier(path: Path) -> dict[str, Any]:
     return found
 
 
-def _variants(settings: dict[str, Any], earlier: Mapping[str, Any], *, usual: str | None) -> dict[str, list[Method]]:
-    """Methods by label, once for each of the keeps: those named, else those of the run that is resumed, else the usual ones."""
+def _variants(settings: dict[str, Any], earlier: Mapping[str, Any], *, usual: str | None, is_drawing: bool) -> dict[str, list[Method]]:
+    """Methods by label, once for each of the keeps: those named, else those of the run that is resumed, else the usual ones.
+
+    Where a model draws there are no usual ones: it runs dense then.
+    """
     from accel.evals.controls import swept
     from accel.evals.models import embedded_recipe
     from accel.registry import build
@@ -121,6 +135,8 @@ def _variants(settings: dict[str, Any], earlier: Mapping[str, Any], *, usual: st
         if settings["keeps"] == earlier.get("keeps"):
             # they are in these methods already
             return variants
+    elif is_drawing and not is_named:
+        variants = {}
     else:
         if usual and not is_named and embedded_recipe(settings["model"]) is None:
             settings["method"] = [usual]
@@ -131,7 +147,7 @@ def _variants(settings: dict[str, Any], earlier: Mapping[str, Any], *, usual: st
     try:
         return swept(variants, keeps)
     except OptionError as error:
-        raise OptionError(f"{error}: add one, such as --method {PRUNING}") from error
+        raise OptionError(f"{error}: add one, such as --method {COMPRESSION if is_drawing else PRUNING}") from error
 
 
 def _run(
@@ -139,7 +155,7 @@ def _run(
 ) -> int:
     from accel.cli.bench import check_variants
     from accel.evals.controls import plan_controls, reference_label
-    from accel.evals.drawn import summarise_drawn
+    from accel.evals.drawn_summary import summarise_drawn
     from accel.evals.models import load_model, reads_ahead
     from accel.evals.results import RunFolder
     from accel.evals.runner import check_run, model_info, require_kinds, run_accuracy, wanted_samples
@@ -172,9 +188,9 @@ def _run(
         wanted = wanted_samples(variants, tasks, lengths, n=settings["samples"], controls=planned)
         n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
         done = [record for key in wanted if (record := folder.get(key)) is not None]
-        extra = {"notices": notices, **_pictures(loaded, done, variants, planned), **summarise_drawn(loaded, folder, done, variants)}
+        extra = {"notices": notices, **_pictures(loaded, done, variants, planned), **summarise_drawn(loaded, done, planned)}
         sections = _report(loaded, folder, rows, extra=extra, settings=settings, dtype_reason=reason, n_missing=n_missing)
-        _draw(loaded, folder, rows, sections, variants, planned)
+        _draw(loaded, folder, rows, sections, variants, planned, done)
     except KeyboardInterrupt:
         n = len(folder.done())
         print(f"accel: {n} {'sample is' if n == 1 else 'samples are'} saved. Go on with `{_go_on(folder)}`", file=sys.stderr)
@@ -197,16 +213,21 @@ def _pictures(
 
 def _draw(
     loaded: LoadedModel, folder: RunFolder, rows: Sequence[Mapping[str, Any]], sections: Mapping[str, Any],
-    variants: Mapping[str, Sequence[Method]], controls: Sequence[Control],
+    variants: Mapping[str, Sequence[Method]], controls: Sequence[Control], done: Sequence[SampleRecord],
 ) -> None:  # fmt: skip
-    """Adds drawn pictures to the finished result, and writes the reports whether or not that works."""
+    """Adds pictures to the finished result, and writes the reports whether or not that works."""
+    from accel.evals.album import draw_grids
+    from accel.evals.drawn import image_model
     from accel.evals.gallery import run_gallery
     from accel.evals.report import write_reports
 
     try:
         passing = [gate["task"] for gate in sections.get("gates", []) if gate["passes"]]
-        if passing:
-            folder.finish(rows, **{**sections, "overlays": run_gallery(loaded, folder, variants, controls, passing)})
+        pictures = {"overlays": run_gallery(loaded, folder, variants, controls, passing)} if passing else {}
+        if sections.get("drawn"):
+            pictures["grids"] = draw_grids(image_model(loaded), folder, done)
+        if pictures:
+            folder.finish(rows, **{**sections, **pictures})
     finally:
         print(f"report: {write_reports(folder.path).html}", file=sys.stderr)
 
@@ -229,12 +250,13 @@ def _report(
     dtype_reason: str, n_missing: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes result.json, prints the tables and the notices, and returns all sections of the result. extra: some of them, `notices` among them."""
+    from accel.evals.report_drawn import drawn_notices
     from accel.evals.summary import answer_rows
 
     head = describe_run("run", f"{loaded.name}: accuracy beside dense and controls", loaded, settings, dtype_reason=dtype_reason)
     sections = {key: value for key, value in head.items() if key not in ("schema", "config")}
     missing = f"{n_missing} {'sample is' if n_missing == 1 else 'samples are'} missing: the run stopped at its limit. Go on with `{_go_on(folder)}`."
-    notices = [*extra["notices"], *_picture_notices(rows, extra), *([missing] if n_missing else [])]
+    notices = [*extra["notices"], *_picture_notices(rows, extra), *drawn_notices(extra.get("drawn", [])), *([missing] if n_missing else [])]
     sections |= {**extra, "answers": answer_rows(folder.records), "notices": notices, "limits": _limits(rows), "n_missing": n_missing}
     folder.finish(rows, **sections)
     _print(rows, extra)
@@ -246,14 +268,13 @@ def _report(
 def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
     """The tables on stdout: text first, then pictures."""
     from accel.cli.table import print_table
-    from accel.evals.drawn import drawn_table
+    from accel.evals.report_drawn import drawn_sections
     from accel.evals.report_pictures import gate_table, headline, keep_table, savings_table, text_scores
     from accel.evals.report_sections import accuracy_table
 
     scores = text_scores({"scores": rows})
     tables = [accuracy_table(scores)] if scores else []
-    if extra.get("drawn"):
-        tables.append(drawn_table(extra["drawn"]))
+    tables += [table for section in drawn_sections(extra) for table in section.tables]
     if extra.get("gates"):
         tables.append(gate_table(extra["gates"]))
     if extra.get("means"):

@@ -74,7 +74,7 @@ def test_the_dry_run_shows_flags_over_file_over_defaults(tmp_path: Path, capsys:
         (["--method", "fastervlm", "--keeps", "1,0.5"], "write 1.0 for everything"),
         (["--method", "fastervlm", "--keeps", "1.5"], "a share in (0, 1]"),
         (["--method", "fastervlm", "--keeps", "half"], "a share such as 0.25"),
-        (["--method", "flexprefill", "--keeps", "0.5"], "keeps are tried on token-pruning methods"),
+        (["--method", "flexprefill", "--keeps", "0.5"], "keeps are tried on methods that prune tokens"),
     ],
     ids=[
         "task", "method", "resume_without_folder", "limit", "samples", "keeps_without_pruning", "group", "length", "keep_one", "keep_too_much",

@@ -421,7 +421,7 @@ def test_a_sweep_replaces_shares_and_counts_and_leaves_other_methods_alone() -> 
     found = swept(methods, [0.5, 7])
     assert list(found) == ["fastervlm(keep=0.5, score=received)", "fastervlm(keep=7, score=received)", "s"]
     assert [found[label][0].options()["keep"] for label in list(found)[:2]] == [0.5, 7]
-    with pytest.raises(OptionError, match="keeps are tried on token-pruning methods"):
+    with pytest.raises(OptionError, match="keeps are tried on methods that prune tokens"):
         swept({"s": [accel.Streaming()]}, [0.5])
 
 

@@ -22,6 +22,7 @@ from accel.evals.gpu.contestants import (
     prefill_run,
     sdpa_decode,
 )
+from accel.evals.gpu.head_groups import GroupCall, LastScale, bench_group_decode, bench_last_scale
 from accel.evals.gpu.report import Record, bench_name
 from accel.evals.gpu.timing import Comparison, DeviceLostError, Run, Timer, clocks, compare, host_us, reason
 from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, ImplicitPlan, Ragged, block_sparse_attention
@@ -55,6 +56,7 @@ class Sizes:
     fewest: int = 3                         # repeats, however long they take
     wants_flex: bool = True                 # FlexAttention compiled: half a minute
     rule: SelectionRule = field(default_factory=SelectionRule)
+    last_scale: LastScale = field(default_factory=LastScale)
 
 
 @dataclass
@@ -109,6 +111,8 @@ def benches(s: Sizes) -> list[Bench]:
         Bench(bench_name("flexprefill", main, first), 15, partial(bench_flexprefill, n=main, head_dim=first)),
         Bench(bench_name("flexprefill", s.long_tokens, first), 25, partial(bench_flexprefill, n=s.long_tokens, head_dim=first)),
         *(Bench(f"decode {batch}", 10, partial(bench_decode, batch=batch)) for batch in s.batches),
+        Bench("head groups, last scale", 15, bench_last_scale),
+        Bench("head groups, one token", 8, bench_group_decode),
         Bench("launch", 8, bench_launch),
         Bench(bench_name("tiles", main, second), 25, partial(bench_tiles, n=main, head_dim=second)),
         Bench("tiles of decoding", 15, bench_decode_tiles),
@@ -278,6 +282,8 @@ def bench_launch(lab: Lab, name: str) -> None:
     out, step_out = call.buffers()[0], step.buffers()[0]
     lists = lists_of_density(s.launch_tokens, n_heads, s.block, 0.5, lab.device)
     lines = lines_of_density(s.launch_tokens, n_heads, s.block, 0.5, lab.device)
+    sizes = (s.launch_tokens, s.launch_tokens // 4)
+    groups = GroupCall.random(sizes, heads=((0,), (1,)), head_dim=head_dim, dtype=s.dtype, device=lab.device)
 
     def api(given: Call, into: torch.Tensor) -> Run:
         return partial(
@@ -291,6 +297,7 @@ def bench_launch(lab: Lab, name: str) -> None:
         "decode, power": (partial(decode, step, s.power, step_out, None), True),
         "public function, prefill": (api(call, out), True),
         "public function, decode": (api(step, step_out), True),
+        "public function, head groups": (groups.run, False),
         "selection": (partial(_select, call, s), False),
     }
     for what, (run, is_layer) in runs.items():

@@ -90,7 +90,10 @@ def public(call: Call, plan: BlockPlan, out: Tensor, lse: Tensor) -> None:
 
 def checks(p: Profile) -> list[Check]:
     """All checks, the ones that say most first."""
-    found = [*_prefill_checks(p), *_decode_checks(p), *_selection_checks(p)]
+    # imported here: that file builds on this one
+    from accel.evals.gpu.head_groups import group_checks
+
+    found = [*_prefill_checks(p), *_decode_checks(p), *_selection_checks(p), *group_checks(p)]
     for kind in ("power", "lists", "lines"):
         found.append(Check(f"graph: prefill, {kind}", partial(check_graph, p, prefill, kind)))
         found.append(Check(f"graph: decode, {kind}", partial(check_graph, p, decode, kind)))

@@ -10,8 +10,10 @@ from triton.runtime.jit import JITFunction
 
 from accel.evals.gpu.cases import random_plan
 from accel.evals.gpu.checks import Profile, decode, prefill
+from accel.evals.gpu.head_groups import GroupCall
 from accel.kernels.block_sparse.triton_launch import choose_config
 from accel.kernels.flex_index import SelectionRule, triton_select
+from accel.kernels.head_grouped.triton_launch import triton_grouped
 
 # CPU tensors stand in for those of a GPU: fp16, for which no kernel is told of the interpreter but by the selection's host code
 PROFILE = Profile(torch.device("cpu"), dtype=torch.float16)
@@ -87,3 +89,14 @@ def test_selection(launched, page_size, qa_scope, n_launches):
     rule = SelectionRule(block_size=PROFILE.block, min_budget=2 * PROFILE.block, tau=0.1, qa_scope=qa_scope)
     triton_select.select(call.q, call.keys, call.lens, rule=rule, scale=call.scale, softcap=None)
     assert len(set(launched)) == len(launched) == n_launches
+
+
+@pytest.mark.parametrize(("n_rows", "kernel"), [(1, "head_grouped_decode_kernel"), (40, "head_grouped_fwd_kernel")])
+@pytest.mark.parametrize("has_lengths", [False, True], ids=["dense", "lengths"])
+def test_head_groups(launched, has_lengths, n_rows, kernel):
+    call = GroupCall.random((90, 30, 7), n_rows=n_rows, each=2, head_dim=128, dtype=torch.float16, has_lengths=has_lengths)
+    out, lse = torch.empty_like(call.q), torch.empty(call.q.shape[:3])
+    config = CONFIG if n_rows > 1 else None
+    triton_grouped(call.q, call.groups, scale=call.scale, softcap=None, n_causal=0, out=out, lse=lse if has_lengths else None, config=config)
+    # three groups in two launches
+    assert launched == [kernel] * 2

@@ -8,6 +8,7 @@ import torch
 from accel.evals.gpu import contestants as gpu_contestants
 from accel.evals.gpu.bench import Lab, Sizes, benches, run_benches
 from accel.evals.gpu.checks import Profile, Skipped, checks
+from accel.evals.gpu.head_groups import LastScale
 from accel.evals.gpu.report import Record
 from accel.evals.gpu.timing import HostTimer
 from accel.kernels.block_sparse import ImplicitPlan
@@ -22,6 +23,7 @@ SIZES = Sizes(
     dtype=torch.float16, heads=(2, 1), few_heads=(2, 1), block=32, power=ImplicitPlan(32, 1), densities=(0.25,), main_tokens=64,
     long_tokens=96, other_tokens=(), head_dims=(16, 32), batches=(2,), decode_tokens=64, pages=(32,), launch_tokens=32, launch_calls=1,
     copy_bytes=1024, product=16, seconds=0.0, fewest=1, wants_flex=False, rule=SelectionRule(block_size=32, min_budget=32),
+    last_scale=LastScale(batch=1, n_heads=2, head_dim=16, n_rows=18, n_entries=40, budgets=(8, 30), n_observed=4),
 )  # fmt: skip
 
 
@@ -53,6 +55,7 @@ def test_every_benchmark_measures(tmp_path, monkeypatch):
     whats = {(row["bench"], row["what"]) for row in record.rows}
     assert {("ceilings", "copy"), ("prefill 0.0625K D16", "power"), ("flexprefill 0.09375K D16", "selection and kernel")} <= whats
     assert {("decode 2", "power, in a graph"), ("launch", "selection"), ("pages", "pages of 32")} <= whats
+    assert {("head groups, last scale", "all with two groups"), ("head groups, one token", "two groups with lengths")} <= whats
     assert {("tiles of decoding", "16 keys, 4 warps, 1 stages"), ("tiles 0.0625K D32", "32×16, 4 warps, 1 stages")} <= whats
     assert record.is_complete
     page = record.path.with_suffix(".md").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import PatchError
+from accel.kernels.head_grouped import KVGroup, grouped_attention
 from accel.models.cache import ScaleCache, Schedule
 from accel.patches.hosts.bound import outside_graph
 from accel.patches.hosts.nextscale.entries import Entries, check_answer
@@ -31,11 +32,22 @@ class Layer:
     n_seen: int = 0
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """One group at one scale: all its entries, those that stay, those that attention reads, and the method's answer where it was asked."""
+
+    group: HeadGroup
+    every: Entries
+    kept: Entries
+    attended: Entries
+    retain: Retain | None
+
+
 class CompressedCache(ScaleCache):
     """Entries per layer and head group, so many of each head as its group's budget allows.
 
-    A layer whose budgets hold every entry at every scale is left to `ScaleCache`, bit for bit. The others keep exactly the entries that stay; one
-    attention call per group reads them without a mask. Moments behind attention: "after_prefill" after every scale, which is prefilled at once, and
+    A layer whose budgets hold every entry at every scale is left to `ScaleCache`, bit for bit. The others keep exactly the entries that stay, which
+    attention reads without a mask. Moments behind attention: "after_prefill" after every scale, which is prefilled at once, and
     "every_n_steps" after every n-th; nothing is kept behind the last scale.
     """
 
@@ -129,42 +141,56 @@ class CompressedCache(ScaleCache):
         held.n_seen = end
         groups = self._groups(layer, held, n_heads=k.shape[1])
         queries = self._with_earlier(held, q)
-        parts, n_attended, n_cached = [], 0, 0
-        for number, group in enumerate(groups):
-            own = [self._of_heads(t, group.heads) for t in (q, k, v, queries)]
-            part, attended, kept = self._attend_group(layer, group, held, number, *own)
-            parts.append(part)
-            n_attended += attended
-            n_cached += kept
-        self.counters().add_entries(self.scale, total=k.shape[0] * k.shape[1] * end, attended=n_attended, cached=n_cached)
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        # the groups' outputs lie one behind the other: back into the layer's order
-        heads = [head for group in groups for head in group.heads]
-        return self._of_heads(out, tuple(sorted(range(len(heads)), key=heads.__getitem__)))
+        chosen = [
+            self._choose(layer, group, held, number, *(self._of_heads(t, group.heads) for t in (k, v, queries)))
+            for number, group in enumerate(groups)
+        ]
+        out = self._attention(q, chosen)
+        if not self.is_last_scale:
+            for number, one in enumerate(chosen):
+                held.entries[number] = self._kept_behind(layer, held, one, q, queries).owned()
+        rows = k.shape[0]
+        self.counters().add_entries(
+            self.scale, total=rows * k.shape[1] * end, attended=rows * sum(len(one.attended) * len(one.group.heads) for one in chosen),
+            cached=rows * sum(len(entries) * entries.k.shape[1] for entries in held.entries if entries is not None) if not self.is_last_scale else 0,
+        )  # fmt: skip
+        return out
 
-    def _attend_group(
-        self, layer: int, group: HeadGroup, held: Layer, number: int, q: Tensor, k: Tensor, v: Tensor, queries: Tensor
-    ) -> tuple[Tensor, int, int]:
-        """Attention of one group, and how many entries of all rows and heads it read, and left behind."""
+    def _choose(self, layer: int, group: HeadGroup, held: Layer, number: int, k: Tensor, v: Tensor, queries: Tensor) -> Chosen:
+        """What attention reads of a group, and what stays of it as far as that is decided before attention."""
         every = self._with_new(held, number, k, v)
-        kept, attended, retain = every, every, None
-        if self._is_asked("before_attention") and (retain := self._answer(layer, group, held, every, queries)) is not None:
-            merged = every.merged(retain)
-            kept = merged.at(retain.cache_index, retain.ok)
-            attended = kept if retain.attend_index is None else merged.at(retain.attend_index)
-        out = attended.attention(q, self.softmax_scale)
-        n_rows = k.shape[0] * k.shape[1]
-        if self.is_last_scale:
-            return out, n_rows * len(attended), 0
-        if every.mass is not None:
-            kept = replace(kept, mass=_mass_of_kept(every.mass, retain, attended.received(q, self.softmax_scale)))
-        is_asked = self._is_asked("after_prefill") or self._is_asked("every_n_steps")
-        if is_asked and (retain := self._answer(layer, group, held, kept, queries)) is not None:
-            if retain.attend_index is not None:
-                raise PatchError(f"{self.method.method_name()}: attend_index says what attention reads, but it is asked behind attention")
-            kept = kept.merged(retain).at(retain.cache_index, retain.ok)
-        held.entries[number] = kept.owned()
-        return out, n_rows * len(attended), n_rows * len(kept)
+        retain = self._answer(layer, group, held, every, queries) if self._is_asked("before_attention") else None
+        if retain is None:
+            return Chosen(group, every, every, every, None)
+        merged = every.merged(retain)
+        kept = merged.at(retain.cache_index, retain.ok)
+        return Chosen(group, every, kept, kept if retain.attend_index is None else merged.at(retain.attend_index), retain)
+
+    def _attention(self, q: Tensor, chosen: Sequence[Chosen]) -> Tensor:
+        """Attention of all heads, each to what its group reads: (b, H, n, d). One launch on CUDA, one call per group on a CPU."""
+        wants_gradients = torch.is_grad_enabled() and q.requires_grad
+        if wants_gradients or any(one.attended.valid is not None for one in chosen):
+            parts = [one.attended.attention(self._of_heads(q, one.group.heads), self.softmax_scale) for one in chosen]
+            # the groups' outputs lie one behind the other: back into the layer's order
+            heads = [head for one in chosen for head in one.group.heads]
+            return self._of_heads(torch.cat(parts, 1), tuple(sorted(range(len(heads)), key=heads.__getitem__)))
+        groups = [KVGroup(one.group.heads, one.attended.k, one.attended.v) for one in chosen]
+        return grouped_attention(q, groups, scale=self.softmax_scale)
+
+    def _kept_behind(self, layer: int, held: Layer, one: Chosen, q: Tensor, queries: Tensor) -> Entries:
+        """What stays of a group for later scales."""
+        kept = one.kept
+        if one.every.mass is not None:
+            received = one.attended.received(self._of_heads(q, one.group.heads), self.softmax_scale)
+            kept = replace(kept, mass=_mass_of_kept(one.every.mass, one.retain, received))
+        if not (self._is_asked("after_prefill") or self._is_asked("every_n_steps")):
+            return kept
+        retain = self._answer(layer, one.group, held, kept, self._of_heads(queries, one.group.heads))
+        if retain is None:
+            return kept
+        if retain.attend_index is not None:
+            raise PatchError(f"{self.method.method_name()}: attend_index says what attention reads, but it is asked behind attention")
+        return kept.merged(retain).at(retain.cache_index, retain.ok)
 
     def _with_new(self, held: Layer, number: int, k: Tensor, v: Tensor) -> Entries:
         """What a group holds, and the entries of this scale."""

@@ -89,6 +89,21 @@ class Calibration:
     run: Callable[..., Method]
 
 
+@dataclass(frozen=True)
+class HeadNumbers:
+    """A number that a method has of every attention head, for reports.
+
+    title, caption: for people. values: by layer and head. kinds: a word per layer and head where the method tells kinds apart. is_log: whether
+    ratios of these numbers mean something, not differences.
+    """
+
+    title: str
+    caption: str
+    values: tuple[tuple[float, ...], ...]
+    kinds: tuple[tuple[str, ...], ...] | None = None
+    is_log: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """Base of every method: a frozen dataclass whose fields are its options, checked when it is built and written to recipes.
@@ -126,6 +141,10 @@ class Method(ABC):
         Hosts call the result, never the method itself. Options suffice for most methods: the default returns `self`.
         """
         return self
+
+    def head_numbers(self, model: ModelInfo) -> Sequence[HeadNumbers]:
+        """What the bound method knows of the model's heads and a report should show; nothing for most."""
+        return ()
 
     @classmethod
     def search_space(cls) -> Mapping[str, Uniform | Choice]:

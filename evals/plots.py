@@ -85,7 +85,7 @@ def keep_plot(
     rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, x_label: str, y_label: str, y_limits: tuple[float, float | None] = (0, None),
     width: float = 8.6,
 ) -> str:  # fmt: skip
-    """SVG of a figure against the share kept (logarithmic), a line per series with standard errors.
+    """SVG of a figure against a share (logarithmic), a line per series with standard errors.
 
     rows: series, share, score, stderr, is_baseline; a baseline is drawn across the whole width.
     """
@@ -130,6 +130,28 @@ def entries_plot(lines: Sequence[Mapping[str, Any]], *, width: float = 8.6) -> s
         axes.set_xlabel("scale, from coarse to fine")
         axes.set_ylabel("entries per head that attention reads")
         figure.legend(loc="outside lower left", frameon=False, fontsize=8)
+        return _svg(figure)
+
+
+def heads_plot(numbers: Mapping[str, Any]) -> str:
+    """SVG of a number per head against its layer, heads of one kind in one colour. numbers: the fields of a `HeadNumbers`."""
+    values, kinds = numbers["values"], numbers["kinds"] or [["heads"] * len(row) for row in numbers["values"]]
+    names = sorted({kind for row in kinds for kind in row})
+    with _figure(width=5.2, height=3.6) as (figure, axes):
+        for name, colour in zip(names, COLOURS, strict=False):
+            # heads of one layer a little apart, in their order
+            points = [
+                (layer + 0.6 * (head + 0.5) / len(row) - 0.3, value)
+                for layer, row in enumerate(values) for head, value in enumerate(row) if kinds[layer][head] == name
+            ]  # fmt: skip
+            axes.plot(*zip(*points, strict=True), label=f"{name} ({len(points)})", color=colour, marker="o", markersize=4, linestyle="none")
+        if numbers["is_log"]:
+            axes.set_yscale("log")
+            _plain_ticks(axes)
+        else:
+            axes.set_ylim(bottom=0)
+        _layer_axis(axes, len(values))
+        figure.legend(loc="outside lower left", frameon=False, ncols=len(names), fontsize=8)
         return _svg(figure)
 
 

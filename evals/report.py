@@ -12,7 +12,7 @@ from typing import Any
 from accel.errors import AccelError
 from accel.evals import plots
 from accel.evals.overlays import data_address
-from accel.evals.report_drawn import drawn_cards, drawn_figures, drawn_sections
+from accel.evals.report_drawn import drawn_cards, drawn_figures, drawn_sections, head_figures
 from accel.evals.report_pictures import picture_sections, points, share_kept, spread_exits, text_scores
 from accel.evals.report_sections import Card, Figure, Row, Section, Table, milliseconds, number, ratio, score_cell, sections
 
@@ -102,7 +102,7 @@ def figures_of(result: Mapping[str, Any]) -> list[Figure]:
     figures = [figure for metric, unit, name in (("ttft_ms", 1e3, "time to first token, s"), ("tpot_ms", 1.0, "time per output token, ms"))
                if (figure := _time_figure(metric, latency, colours, unit=unit, y_label=name))]  # fmt: skip
     about_pictures = [*_keep_figures(result.get("means", [])), *_exit_figures(spread_exits(result)), *_attention_figures(result.get("attention"))]
-    drawn = drawn_figures(result.get("drawn", []))
+    drawn = [*drawn_figures(result.get("drawn", [])), *head_figures(result.get("heads", []))]
     return [*figures, *_accuracy_figures(scores, colours), *about_pictures, *drawn, *_map_figures(result.get("block_maps", []))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from accel.evals.report_sections import Card, Figure, Row, Section, Table, kibib
 
 _MANY = 6                       # figures of a card's detail line
 _DIGITS = 4                     # of a perceptual distance
+_DISTANCE = "perceptual distance to dense"
 _X_LABEL = "cache entries read at the last scale"
 _QUALITY = (
     "Right: the judge sees the class that was asked for; − dense: the difference on the same seeds, in points. Fréchet: distance of the judge's "
@@ -36,6 +38,8 @@ def drawn_sections(result: Mapping[str, Any]) -> list[Section]:
     found = [Section("drawn", "Drawn pictures", tables=[drawn_table(rows), *([paired_table(paired)] if paired else [])])]
     if (memory := memory_table(rows)).rows:
         found.append(Section("cache", "What the cache and the process held", tables=[memory]))
+    if result.get("heads"):
+        found.append(Section("heads", "The heads", paragraphs=["What the methods know of each head, and what they give it."]))
     if result.get("grids"):
         where = "The first pictures of each, the same seeds in the same places."
         found.append(Section("grids", "The pictures", paragraphs=[where]))
@@ -102,8 +106,12 @@ def drawn_figures(rows: Sequence[Row]) -> list[Figure]:
     found = []
     if far := [_against_share(row, row["perceptual"]) for row in methods if row["perceptual"]]:
         own = {row["series"]: colours[row["series"]] for row in far}
-        svg = plots.keep_plot(far, own, x_label=_X_LABEL, y_label="perceptual distance to dense", width=5.2)
+        svg = plots.keep_plot(far, own, x_label=_X_LABEL, y_label=_DISTANCE, width=5.2)
         found.append(Figure("drawn", "Distance against keep", "Mean over pictures of the same seeds, with standard errors; 0 is dense.", svg=svg))
+        held = [_against_bytes(row, row["perceptual"]) for row in methods if row["perceptual"]]
+        svg = plots.keep_plot(held, own, x_label="cache bytes, share of a whole cache", y_label=_DISTANCE, width=5.2)
+        caption = "As before, but against what the cache holds at most: methods that are far apart here are not compared at equal memory."
+        found.append(Figure("drawn", "Distance against memory", caption, svg=svg))
     if methods:
         right = [_against_share(row, row) for row in mine]
         # a figure from 0 would hide differences among models that are nearly always right
@@ -115,6 +123,19 @@ def drawn_figures(rows: Sequence[Row]) -> list[Figure]:
         caption = "Tokens per head, as a mean over heads and layers. Methods of the same budgets share a line."
         found.append(Figure("cache", "Cache entries against scale", caption, svg=svg))
     return found
+
+
+def head_figures(heads: Sequence[Row]) -> list[Figure]:
+    """What methods know of the model's heads. heads: the fields of `HeadNumbers` and the label of the method; equal ones are shown once."""
+    labels: dict[str, list[str]] = {}
+    shown: dict[str, Row] = {}
+    for row in heads:
+        key = json.dumps([row["title"], row["values"], row["kinds"]])
+        labels.setdefault(key, []).append(row["label"])
+        shown[key] = row
+    return [
+        Figure("heads", row["title"], f"{', '.join(labels[key])}: {row['caption']}", svg=plots.heads_plot(row)) for key, row in shown.items()
+    ]
 
 
 def entry_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -171,6 +192,10 @@ def _by_budget(rows: Sequence[Row]) -> tuple[list[Row], frozenset[int]]:
 def _against_share(row: Row, estimate: Row) -> dict[str, Any]:
     return {"series": row["series"], "share": row["cache"]["kept_share"], "score": estimate["value"], "stderr": estimate["stderr"],
             "is_baseline": row["is_baseline"]}  # fmt: skip
+
+
+def _against_bytes(row: Row, estimate: Row) -> dict[str, Any]:
+    return {**_against_share(row, estimate), "share": row["cache"]["peak_bytes"] / row["cache"]["whole_bytes"]}
 
 
 def _span(rows: Sequence[Row]) -> str:

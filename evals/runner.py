@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import accel
@@ -88,6 +88,12 @@ def model_info(loaded: LoadedModel) -> ModelInfo:
     """What methods and the plan of their controls may know of the model."""
     info: ModelInfo = host_for(loaded.model).describe(loaded.model)
     return info
+
+
+def head_rows(loaded: LoadedModel, methods: Mapping[str, Sequence[Method]]) -> list[dict[str, Any]]:
+    """What the methods (by label) know of the model's heads: the fields of `HeadNumbers`, and the label."""
+    info = model_info(loaded)
+    return [{"label": label, **asdict(numbers)} for label, group in methods.items() for m in group for numbers in m.bind(info).head_numbers(info)]
 
 
 def rows_of(folder: RunFolder, wanted: Sequence[SampleKey]) -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest

@@ -158,7 +158,7 @@ def _run(
     from accel.evals.drawn_summary import summarise_drawn
     from accel.evals.models import load_model, reads_ahead
     from accel.evals.results import RunFolder
-    from accel.evals.runner import check_run, model_info, require_kinds, run_accuracy, wanted_samples
+    from accel.evals.runner import check_run, head_rows, model_info, require_kinds, run_accuracy, wanted_samples
 
     dtype, reason = choose_dtype(settings["dtype"], settings["device"])
     plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in variants.items()}
@@ -189,6 +189,8 @@ def _run(
         n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
         done = [record for key in wanted if (record := folder.get(key)) is not None]
         extra = {"notices": notices, **_pictures(loaded, done, variants, planned), **summarise_drawn(loaded, done, planned)}
+        if heads := head_rows(loaded, variants):
+            extra["heads"] = heads
         sections = _report(loaded, folder, rows, extra=extra, settings=settings, dtype_reason=reason, n_missing=n_missing)
         _draw(loaded, folder, rows, sections, variants, planned, done)
     except KeyboardInterrupt:

@@ -118,6 +118,7 @@ def test_markdown_holds_the_same_tables(result: dict[str, Any]) -> None:
     for heading in ("## Accuracy", "## Time to first token", "## What this run cannot claim", "## Settings", "## Environment"):
         assert heading in text
     assert "x.gamma" in text
+    assert "> powerattention: wants an adapted model" in text
 
 
 def test_limits_follow_from_the_run(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from accel.evals.report import cards, render_html, render_markdown
-from accel.evals.report_drawn import drawn_figures, drawn_notices, drawn_sections, drawn_table, entry_lines, memory_table, paired_table
+from accel.evals.report_drawn import drawn_figures, drawn_notices, drawn_sections, drawn_table, entry_lines, head_figures, memory_table, paired_table
 
 pytest.importorskip("matplotlib")
 WHOLE = [1, 5, 14, 30, 66, 130]
@@ -104,13 +104,27 @@ def test_methods_of_the_same_entries_share_a_line(rows: list[dict[str, Any]]) ->
 def test_the_page_has_the_plots_and_the_tables(rows: list[dict[str, Any]], paired: list[dict[str, Any]]) -> None:
     result = {"command": "run", "drawn": rows, "drawn_paired": paired}
     assert [(f.section, f.title) for f in drawn_figures(rows)] == [
-        ("drawn", "Distance against keep"), ("drawn", "Right classes against keep"), ("cache", "Cache entries against scale"),
+        ("drawn", "Distance against keep"), ("drawn", "Distance against memory"), ("drawn", "Right classes against keep"),
+        ("cache", "Cache entries against scale"),
     ]  # fmt: skip
     page = render_html(result)
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert "What the cache and the process held" in page
     text = render_markdown(result)
     assert "| h2o(keep=0.3) − random_kv (keep 0.3) | +0.0 ± 2.0 | +0.0200 ± 0.0040 | 20 |" in text
+
+
+def test_numbers_of_heads_are_drawn_by_kind_and_equal_ones_once() -> None:
+    def heads(label: str, title: str, top: float) -> dict[str, Any]:
+        kinds = (("contextual", "structural"), ("contextual", "contextual"))
+        return {"label": label, "title": title, "caption": "entries", "values": ((1.0, top), (2.0, 3.0)), "kinds": kinds, "is_log": top > 10}
+
+    found = head_figures([heads("a(keep=0.5)", "Kinds", 50.0), heads("a(keep=0.3)", "Kinds", 50.0), heads("a(keep=0.3)", "Budget", 5.0)])
+    assert [(f.section, f.title, f.caption) for f in found] == [
+        ("heads", "Kinds", "a(keep=0.5), a(keep=0.3): entries"), ("heads", "Budget", "a(keep=0.3): entries"),
+    ]  # fmt: skip
+    assert "contextual (3)" in found[0].svg
+    assert "structural (1)" in found[0].svg
 
 
 def test_cards_show_the_first_method_beside_its_controls(rows: list[dict[str, Any]], paired: list[dict[str, Any]]) -> None:

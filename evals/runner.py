@@ -130,6 +130,10 @@ def check_run(loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], task
     if "picture" in kinds:
         vision_model(loaded)
     require_kinds(loaded.name, loaded.reads, tasks)
+    if "class" in kinds and image_model(loaded).judge is None:
+        raise OptionError(
+            f"nothing here can judge what {loaded.name} draws: `accel draw` makes folders for the public scripts, and small-var has a judge"
+        )
     most = loaded.max_positions
     too_long = [length for length in lengths if most is not None and length > most]
     if too_long and "text" in kinds:

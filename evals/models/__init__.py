@@ -19,6 +19,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 # a "class" is drawn: the model is given a number and makes a picture
 Kind = Literal["text", "picture", "class"]
 
+# kinds of models of our own that draw
+DRAWING = ("accel_var", "accel_infinity")
+
 logger = logging.getLogger("accel")
 
 
@@ -70,8 +73,9 @@ class LoadedVisionModel(LoadedModel):
 class LoadedImageModel(LoadedModel):
     """A model that draws pictures of classes; it has no tokenizer.
 
-    draw(labels, seed=…) -> pictures (n, 3, height, width) fp32 in [0, 1], picture i from seed + i, whatever the batch. real(n) -> as many held-out
-    real pictures and their labels. judge: what the image metrics look with (image_metrics.py). class_names: one per label.
+    draw(labels, seed=…) -> pictures (n, 3, height, width) fp32 in [0, 1], picture i from seed + i, whatever the batch; a model of texts is given
+    their features. real(n) -> as many held-out real pictures and their labels. judge: what the image metrics look with (image_metrics.py). Both are
+    None where there is nothing to compare with. class_names: one per label.
     """
 
     draw: Callable[..., torch.Tensor] | None = None
@@ -105,12 +109,21 @@ def reads_ahead(name_or_path: str) -> tuple[Kind, ...] | None:
     if name_or_path in embedded_names():
         found: tuple[Kind, ...] | None = getattr(_loader(name_or_path), "READS", None)
         return found
-    config = Path(name_or_path) / "config.json"
-    try:
-        has_vision = json.loads(config.read_text(encoding="utf-8")).get("vision_config") is not None
-    except (OSError, ValueError, AttributeError):       # not a local folder, or one that loading will complain about
+    config = _local_config(name_or_path)
+    if config is None:
         return None
-    return ("text", "picture") if has_vision else ("text",)
+    if config.get("model_type") in DRAWING:
+        return ("class",)
+    return ("text", "picture") if config.get("vision_config") is not None else ("text",)
+
+
+def _local_config(name_or_path: str) -> dict[str, Any] | None:
+    """The configuration of a local folder; None where it is none, or one that loading will complain about."""
+    try:
+        found = json.loads((Path(name_or_path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def load_model(name_or_path: str, *, dtype: str | torch.dtype = "float32", device: str = "cpu") -> LoadedModel:
@@ -123,6 +136,8 @@ def load_model(name_or_path: str, *, dtype: str | torch.dtype = "float32", devic
     if name_or_path in embedded_names():
         found: LoadedModel = _loader(name_or_path).load(wanted, device)
         return found
+    if (_local_config(name_or_path) or {}).get("model_type") in DRAWING:
+        return _load_drawing(name_or_path, wanted, device)
     return _load_pretrained(name_or_path, wanted, device)
 
 
@@ -149,6 +164,21 @@ def prepared(model: Any, dtype: torch.dtype | None, device: str) -> Any:
         # weights read from a file stay mapped to it, and pages given back under memory pressure make prefill up to six times slower
         tensor.data = tensor.data.clone()
     return model
+
+
+def _load_drawing(path: str, dtype: torch.dtype, device: str) -> LoadedImageModel:
+    """A VAR or Infinity that `save_pretrained` has written, drawing with the defaults of its `generate`; nothing here can judge its pictures."""
+    from accel.evals.artists import find_model
+
+    model = find_model(path).load(dtype, device)
+    n_classes = getattr(model.config, "num_classes", 0)
+
+    def draw(subjects: Any, *, seed: Any = None) -> torch.Tensor:
+        # looked up at every call: a method may have replaced it
+        found: torch.Tensor = model.generate(subjects, seed=seed, output="tensor")
+        return found
+
+    return LoadedImageModel(model, None, path, draw=draw, class_names=tuple(map(str, range(n_classes))))
 
 
 def _load_pretrained(name_or_path: str, dtype: torch.dtype, device: str) -> LoadedModel:

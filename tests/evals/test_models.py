@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from next_scale import tiny_infinity, tiny_var
 from tiny_llama import byte_tokenizer, save_tiny, tiny_model
 
 from accel.errors import AccelError, OptionError
-from accel.evals.models import LoadedVisionModel, embedded_names, embedded_recipe, gguf, load_model
+from accel.evals.models import LoadedImageModel, LoadedVisionModel, embedded_names, embedded_recipe, gguf, load_model, reads_ahead
 from accel.evals.models.small_vlm.load import WEIGHTS
 from accel.evals.models.smollm2 import load as smollm2
+from accel.evals.runner import check_run
 from accel.evals.tasks._text import paragraphs
 from accel.recipe import Recipe
 
@@ -85,6 +87,20 @@ def test_a_folder_with_a_vision_config_loads_with_its_processor() -> None:
     assert loaded.reads == ("text", "picture")
     assert loaded.processor.tokenizer is loaded.tokenizer
     assert load_model("small-vlm").reads == ("picture",), "its words do for nothing else"
+
+
+def test_folders_of_our_own_image_models_draw_and_are_not_judged(tmp_path: Path) -> None:
+    tiny_var().save_pretrained(tmp_path / "var")
+    tiny_infinity(default_size="0.06M").save_pretrained(tmp_path / "infinity")
+    assert reads_ahead(str(tmp_path / "var")) == reads_ahead(str(tmp_path / "infinity")) == ("class",)
+    drawing = load_model(str(tmp_path / "var"))
+    assert isinstance(drawing, LoadedImageModel)
+    assert drawing.draw is not None
+    assert torch.equal(drawing.draw([1, 2], seed=[3, 4]), tiny_var().generate([1, 2], seed=[3, 4], output="tensor"))
+    assert drawing.class_names == ("0", "1", "2", "3", "4")
+    assert isinstance(load_model(str(tmp_path / "infinity")), LoadedImageModel)
+    with pytest.raises(OptionError, match="nothing here can judge what .*var draws: `accel draw` makes folders"):
+        check_run(drawing, {}, ["images"], [], 1)
 
 
 def test_a_vision_model_without_processor_reads_text_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

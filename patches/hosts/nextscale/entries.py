@@ -113,9 +113,13 @@ class Entries:
 
 def _weighted(rows: Tensor, merge: Merge) -> Tensor:
     """(b, H, N, d) fp32: at each anchor Σ weight · row[source], zeros elsewhere."""
-    anchor, source = (index[..., None].expand(*index.shape, rows.shape[3]) for index in (merge.anchor, merge.source))
-    parts = merge.weight.float()[..., None] * rows.float().gather(2, source)
-    return torch.zeros_like(rows, dtype=torch.float32).scatter_add(2, anchor, parts)
+    n_entries, n_rows = rows.shape[2], rows.shape[:3].numel()
+    # places in (b · H · N) rows, those of one anchor together: sums of row segments are several times as fast as scattered additions
+    first = torch.arange(0, n_rows, n_entries, device=rows.device).view(*rows.shape[:2], 1)
+    anchor, order = (merge.anchor + first).flatten().sort(stable=True)
+    source, weight = (merge.source + first).flatten()[order], merge.weight.float().flatten()[order]
+    begins = torch.searchsorted(anchor, torch.arange(n_rows, device=rows.device))
+    return F.embedding_bag(source, rows.float().flatten(0, 2), begins, mode="sum", per_sample_weights=weight).view(rows.shape)
 
 
 def check_answer(retain: Retain, group: HeadGroup, entries: Entries, name: str) -> None:

@@ -99,7 +99,7 @@ def test_folders_of_our_own_image_models_draw_and_are_not_judged(tmp_path: Path)
     assert torch.equal(drawing.draw([1, 2], seed=[3, 4]), tiny_var().generate([1, 2], seed=[3, 4], output="tensor"))
     assert drawing.class_names == ("0", "1", "2", "3", "4")
     assert isinstance(load_model(str(tmp_path / "infinity")), LoadedImageModel)
-    with pytest.raises(OptionError, match="nothing here can judge what .*var draws: `accel draw` makes folders"):
+    with pytest.raises(OptionError, match=r"nothing here can judge what .*var draws: `accel draw` makes folders"):
         check_run(drawing, {}, ["images"], [], 1)
 
 

@@ -13,6 +13,7 @@ from accel.patches.fastervlm import FasterVLM as FasterVLM
 from accel.patches.fastv import FastV as FastV
 from accel.patches.flexprefill import FlexPrefill as FlexPrefill
 from accel.patches.h2o import H2O as H2O
+from accel.patches.hack import HACK as HACK
 from accel.patches.powerattention import PowerAttention as PowerAttention
 from accel.patches.random_blocks import RandomBlocks as RandomBlocks
 from accel.patches.random_kv import RandomKV as RandomKV

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 N_SAMPLES = 50
 # rows of the last scale over which the variance is taken, and of every scale for what they read; §2.7: 512 are enough
 N_ROWS, N_READING = 512, 128
-# so that calibrations with neighbouring seeds share no picture
-STRIDE = 1_000_003
+# so that calibrations with neighbouring seeds share no picture, and none with the task images, which counts up from 0 in the same steps
+STRIDE, FIRST_SEED = 1_000_003, 500_000
 
 
 @dataclass
@@ -206,7 +206,7 @@ def _pictures(loaded: LoadedModel, data: Any, seed: int, n: int) -> list[tuple[A
     from accel.evals.drawn import image_model
 
     found = image_model(loaded)
-    seeds = [seed * STRIDE + i for i in range(n)]
+    seeds = [FIRST_SEED + seed * STRIDE + i for i in range(n)]
     if str(data).endswith(".safetensors"):
         return list(zip(_features(Path(data), n), seeds, strict=True))
     if data != "classes":

@@ -20,7 +20,7 @@ from accel.evals.models import LoadedImageModel, LoadedModel
 from accel.models.cache import Schedule
 from accel.models.var import VAR
 from accel.patches import _hack_calibration
-from accel.patches._hack_calibration import STRIDE
+from accel.patches._hack_calibration import FIRST_SEED, STRIDE
 from accel.patches._head_plan import HeadPlan
 from accel.patches._head_profile import HeadProfile
 from accel.patches.hack import HACK
@@ -37,7 +37,7 @@ def test_a_profile_a_plan_and_a_recipe_are_left_that_work(tmp_path: Path) -> Non
     dense = last_logits(model, [1, 2])
     method = calibrate(drawing(model, drawn), tmp_path, fixed={"keep": 0.75, "merge": None})
     # five classes, three pictures: spread over all of them
-    assert drawn == [(0, 0), (1, 1), (3, 2)]
+    assert drawn == [(0, FIRST_SEED), (1, FIRST_SEED + 1), (3, FIRST_SEED + 2)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "profile.safetensors", "recipe.yaml"]
     header = profile_in(tmp_path).header
     info = info_of(model)
@@ -63,14 +63,14 @@ def test_a_profile_a_plan_and_a_recipe_are_left_that_work(tmp_path: Path) -> Non
 
 def test_pictures_are_drawn_as_without_the_measurement_and_seeds_do_not_meet(tmp_path: Path) -> None:
     model = tiny_var()
-    plain = [model.generate_codes([i % 5], seed=[7 * STRIDE + i])[0] for i in range(6)]
+    plain = [model.generate_codes([i % 5], seed=[FIRST_SEED + 7 * STRIDE + i])[0] for i in range(6)]
     codes: list[Any] = []
     hook = model.tokenizer.register_forward_pre_hook(lambda module, inputs: codes.append(inputs[0].clone()))
     drawn = Drawn()
     calibrate(drawing(model, drawn), tmp_path, n_samples=6, seed=7)
     hook.remove()
     # more pictures than classes: in turn
-    assert drawn == [(i % 5, 7 * STRIDE + i) for i in range(6)]
+    assert drawn == [(i % 5, FIRST_SEED + 7 * STRIDE + i) for i in range(6)]
     assert all(torch.equal(a, b) for a, b in zip(codes, [one for scales in plain for one in scales], strict=True))
 
 
@@ -78,7 +78,7 @@ def test_a_profile_is_the_mean_over_its_pictures(tmp_path: Path) -> None:
     model = tiny_var()
     calibrate(drawing(model), tmp_path / "all", n_samples=3)
     single: list[HeadProfile] = []
-    for label, seed in ((0, 0), (1, 1), (3, 2)):
+    for label, seed in ((0, FIRST_SEED), (1, FIRST_SEED + 1), (3, FIRST_SEED + 2)):
         one = drawing(model)
         draw = one.draw
         assert draw is not None
@@ -139,7 +139,7 @@ def test_a_model_that_draws_texts_is_given_features_in_turn(infinity: Any, tmp_p
     # in the order of their numbers, not of their names: 0, 1, 2, …, 10, and again 0, 1
     for number, (text, seed) in enumerate(drawn):
         assert torch.equal(text, held[str(number % 11)])
-        assert seed == number
+        assert seed == FIRST_SEED + number
     header = profile_in(tmp_path / "run").header
     assert header.data.startswith(f"13 pictures of {path} (SHA-256 ")
     with accel.apply(infinity, method) as handle:

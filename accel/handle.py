@@ -165,8 +165,13 @@ class Handle:
         if not any(m.kind == "kv_compression" for m in self.methods):
             return []
         cache = self.stats.cache
+        skipped = [f"cache left whole in {count} calls: {reason}" for reason, count in cache.skipped.items() if count]
+        if cache.held_by_layer:
+            now, most = sum(cache.held_by_layer.values()), cache.peak_bytes
+            held = f"{now} bytes held now, at most {most}, {cache.whole_bytes} without compression, in {cache.generations} prompts"
+            return [f"cache: {held} (keys, values, positions and what the method records, no activations)", *skipped]
         if cache.kept_share is None:
-            return ["cache: no generation yet"]
+            return ["cache: no generation yet", *skipped]
         last = max(cache.total)
         read = f"{cache.attended[last]} of {cache.total[last]} entries read at step {last} ({cache.kept_share:.1%}), {cache.generations} generations"
         held = f"at most {cache.peak_bytes} bytes held by one, {cache.whole_bytes} without compression (keys, values and positions, no activations)"

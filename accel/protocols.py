@@ -439,10 +439,17 @@ class TokenPruning(Method):
 
 @dataclass(frozen=True)
 class When:
-    """When a cache is compressed: before attention, after prefill, or every `every` decoding steps."""
+    """When a cache is compressed: before attention, after prefill, or every `every` decoding steps.
+
+    Hosts that can ask before attention, those of next-scale models, do only that where a method lists it among others.
+    """
 
     moment: Literal["before_attention", "after_prefill", "every_n_steps"]
     every: int | None = None
+
+
+# the budget of heads that keep everything, however long a sequence becomes
+UNLIMITED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -458,7 +465,8 @@ class HeadGroup:
 class CacheNeeds:
     """What a host keeps for `select` beside the cache itself.
 
-    n_queries: how many of the last queries `CompressionContext.q` holds where a step brings fewer; hosts keep a ring of them while decoding.
+    n_queries: how many of the newest queries `CompressionContext.q` holds of a decoder, which keeps them from step to step until entries are
+        dropped; fewer where fewer have come since. 0: those of this pass.
     every_step: whether `observe` is called at the steps that leave nothing to select.
     """
 
@@ -472,8 +480,8 @@ class CompressionContext:
     """What a cache method sees of one head group at one layer. Optional entries are filled where the host has them.
 
     Tensors hold the H heads of the group in its order, because groups keep different numbers of entries; N entries, G query heads per head.
-    q: (B, H·G, L, D), of this step or scale, or the last `CacheNeeds.n_queries`; q_position: (B, L) int64. k, v: (B, H, N, D), of which the
-    newest are this step's where `when` says before attention.
+    q: (B, H·G, L, D), those of this scale, or a decoder's newest, as many as `CacheNeeds.n_queries` asks for; q_position: (B, L) int64. k, v:
+    (B, H, N, D), of which the newest are this step's. A query sees the entries up to its own position, in a next-scale model all.
     position: (B, H, N) int64, the logical position of each entry; heads differ after the first eviction.
     valid: (B, H, N) bool, False for padding.
     scale_shapes: height and width of every scale of a next-scale model; `step` counts scales there, decoding steps elsewhere.

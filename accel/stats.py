@@ -114,12 +114,14 @@ class TokenStats:
 
 @dataclass
 class CacheStats:
-    """Counters of compressed caches. Entries are those of all rows, KV heads and layers, by scale or step, summed over generations.
+    """Counters of compressed caches. Entries are those of all rows, KV heads and layers of a next-scale model, by scale, summed over generations.
 
     total: entries that a whole cache would have had, those of the scale included. attended: entries that attention read. cached: entries left behind.
     bytes_by_scale: the most that one cache held at a scale, between attention calls: keys, values, positions, and what a method has recorded.
-    whole_bytes: what one cache holds without compression, keys and values of all scales but the last. Both are the largest over generations, and
-    neither is the process's peak, to which weights, activations and the operands of one attention call are added.
+    held_by_layer: what the layers of a decoder's cache hold behind the newest pass; most_held: the most that they held together, the layers that
+    a prompt has not reached yet counted as empty. whole_bytes: what one cache holds without compression, keys and values, in a next-scale model
+    of all scales but the last. These are the largest over generations, and none is the process's peak, to which weights, activations and the
+    operands of one attention call are added. skipped: calls of layers whose cache had to stay whole, by reason.
     """
 
     generations: int = 0
@@ -128,11 +130,14 @@ class CacheStats:
     cached: Counter[int] = field(default_factory=Counter)
     bytes_by_scale: dict[int, int] = field(default_factory=dict)
     whole_bytes_by_layer: dict[int, int] = field(default_factory=dict)
+    held_by_layer: dict[int, int] = field(default_factory=dict)
+    most_held: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def peak_bytes(self) -> int:
         """The most that one cache held."""
-        return max(self.bytes_by_scale.values(), default=0)
+        return max([self.most_held, *self.bytes_by_scale.values()])
 
     @property
     def whole_bytes(self) -> int:
@@ -155,6 +160,17 @@ class CacheStats:
         """Notes what a cache holds now."""
         self.bytes_by_scale[scale] = max(held, self.bytes_by_scale.get(scale, 0))
 
+    def begin(self) -> None:
+        """A new cache, still empty."""
+        self.generations += 1
+        self.held_by_layer.clear()
+
+    def add_layer(self, layer: int, *, held: int, whole: int) -> None:
+        """Notes what a layer of a decoder's cache holds now, and would hold without compression."""
+        self.held_by_layer[layer] = held
+        self.most_held = max(self.most_held, sum(self.held_by_layer.values()))
+        self.add_whole_bytes(layer, whole)
+
     def add_whole_bytes(self, layer: int, held: int) -> None:
         """Notes what a layer of a whole cache would hold."""
         self.whole_bytes_by_layer[layer] = max(held, self.whole_bytes_by_layer.get(layer, 0))
@@ -170,6 +186,8 @@ class CacheStats:
             "bytes_by_scale": dict(sorted(self.bytes_by_scale.items())),
             "peak_cache_bytes": self.peak_bytes,
             "whole_cache_bytes": self.whole_bytes,
+            "held_bytes": sum(self.held_by_layer.values()),
+            "not_compressed": dict(self.skipped),
         }
 
 

@@ -1,66 +1,70 @@
-"""What cache methods share: one budget for all heads, scores from a few queries, and stable selection (kv-compression.md §2)."""
+"""What cache methods share: a budget, scores from a few queries, and stable selection (kv-compression.md §2, §10.3)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel.patches._options import require_flag, require_keep
-from accel.protocols import CompressionContext, HeadGroup, KVCompression, Method, ModelInfo, When
+from accel.patches._options import require_flag, require_keep, require_whole
+from accel.protocols import CompressionContext, KVCompression, ModelInfo, When
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleBudget(KVCompression):
-    """Base of the methods that compress a next-scale model's cache before attention, at every scale, and leave nothing behind the last.
+class CacheBudget(KVCompression):
+    """Base of the methods that keep a share of the cache: of a next-scale model before attention at every scale, nothing behind the last; of a
+    decoder behind the prompt, and again while it decodes.
 
-    keep: share of all tokens of all scales that a head keeps, as a float, of which 1.0 changes nothing; or how many entries, as an int.
+    keep: share of all tokens of all scales, or of the prompt, that a head keeps, as a float, of which 1.0 changes nothing; or how many entries, as
+        an int.
+    min_entries: of a decoder, how many a head keeps at least, so that short prompts stay whole.
+    every: of a decoder, how many decoding steps lie between two evictions.
+    protect_text: in a prompt with pictures, text stays before visual tokens do.
     """
 
     keep: float | int = 0.5
+    min_entries: int = 64
+    every: int = 32
+    protect_text: bool = True
 
     def __post_init__(self) -> None:
         require_keep(self)
+        require_whole(self, "min_entries", 1)
+        require_whole(self, "every", 1)
+        require_flag(self, "protect_text")
 
     @property
     def when(self) -> tuple[When, ...]:
-        return (When("before_attention"),)
+        return When("before_attention"), When("after_prefill"), When("every_n_steps", self.every)
 
-    def supports(self, model: ModelInfo, host: str, others: Sequence[Method]) -> list[str]:
-        return [] if model.scale_shapes is not None else ["needs a next-scale model (VAR, Infinity): its budget is a share of all scales"]
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is ever dropped."""
+        return isinstance(self.keep, float) and self.keep == 1
 
     def release(self, model: ModelInfo, layer: int, *, step: int) -> bool:
         return model.scale_shapes is not None and step == len(model.scale_shapes) - 1
 
+    def best(self, ctx: CompressionContext, scores: Tensor, n: int, *, forced: Tensor | None = None) -> Tensor:
+        """(B, H, n) int64 ascending: the forced entries first, then protected text, then those with the largest scores; padding last."""
+        text = text_entries(ctx) if self.protect_text else None
+        there = ctx.valid if text is None else ctx.valid & text
+        lowest = torch.finfo(scores.dtype).min if scores.dtype.is_floating_point else torch.iinfo(scores.dtype).min
+        scores = scores.masked_fill(~ctx.valid, lowest)
+        return largest(scores, n, forced=None if forced is None else forced & ctx.valid, preferred=None if text is None else there)
 
-@dataclass(frozen=True, kw_only=True)
-class UniformBudget(ScaleBudget):
-    """Base of the methods that give every head of every layer the same budget."""
 
-    def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int, shared: Mapping[str, Any] | None = None) -> list[HeadGroup]:
-        return [HeadGroup(tuple(range(model.n_kv_heads)), budget(n_tokens(model), self.keep))]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoredCache(UniformBudget):
-    """Base of the methods that rank entries by attention.
-
-    share_cfg_selection: the conditional and the unconditional row of one image keep the same entries, by the mean of their scores.
-    """
-
-    share_cfg_selection: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_flag(self, "share_cfg_selection")
-
-    def over_pairs(self, scores: Tensor, ctx: CompressionContext) -> Tensor:
-        """The scores (B, …), where the option says so with the mean of each guidance pair in both of its rows."""
-        return mean_of_pairs(scores, ctx) if self.share_cfg_selection else scores
+def text_entries(ctx: CompressionContext) -> Tensor | None:
+    """(B, H, N) bool: the entries that are text beside visual tokens; None where no prompt told them apart. Newer tokens are text."""
+    if ctx.protected is None:
+        return None
+    batch, heads, _ = ctx.position.shape
+    width = ctx.protected.shape[1]
+    place = ctx.position.clamp(0, width - 1)
+    return ctx.protected[:, None].expand(batch, heads, width).gather(2, place) | (ctx.position >= width)
 
 
 def mean_of_pairs(scores: Tensor, ctx: CompressionContext) -> Tensor:
@@ -72,10 +76,14 @@ def mean_of_pairs(scores: Tensor, ctx: CompressionContext) -> Tensor:
     return torch.cat([mean, mean])
 
 
-def n_tokens(model: ModelInfo) -> int:
-    """Tokens of all scales of a next-scale model."""
-    assert model.scale_shapes is not None   # `supports` refuses other models
-    return sum(height * width for height, width in model.scale_shapes)
+def n_tokens(model: ModelInfo, n_entries: int) -> int:
+    """Tokens of which a share is kept: of all scales of a next-scale model, else of the prompt so far."""
+    return n_entries if model.scale_shapes is None else sum(height * width for height, width in model.scale_shapes)
+
+
+def scales_needed(model: ModelInfo) -> list[str]:
+    """Why a method made for next-scale models cannot run on this one."""
+    return [] if model.scale_shapes is not None else ["needs a next-scale model (VAR, Infinity): it works from scale to scale"]
 
 
 def budget(n: int, keep: float | int) -> int:
@@ -84,13 +92,17 @@ def budget(n: int, keep: float | int) -> int:
     return min(n, keep) if isinstance(keep, int) else max(1, math.floor(n * keep + 1e-9))
 
 
-def largest(scores: Tensor, n: int, *, forced: Tensor | None = None) -> Tensor:
-    """(…, n) int64 ascending: places of the n largest of (…, N), ties to the lower. `forced` (…, N) bool come first, whatever their scores."""
+def largest(scores: Tensor, n: int, *, forced: Tensor | None = None, preferred: Tensor | None = None) -> Tensor:
+    """(…, n) int64 ascending: places of the n largest of (…, N), ties to the lower.
+
+    forced, preferred: (…, N) bool; those come first, and these next, whatever their scores.
+    """
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    if forced is not None:
-        # by index, not by a huge score, which ties and infinities would defeat (§8.3)
-        is_other = ~forced.expand(scores.shape).gather(-1, order)
-        order = order.gather(-1, is_other.int().argsort(dim=-1, stable=True))
+    for ahead in (preferred, forced):
+        if ahead is not None:
+            # by index, not by a huge score, which ties and infinities would defeat (§8.3)
+            is_other = ~ahead.expand(scores.shape).gather(-1, order)
+            order = order.gather(-1, is_other.int().argsort(dim=-1, stable=True))
     return order[..., :n].sort(-1).values
 
 
@@ -131,7 +143,7 @@ def divided(total: int, weights: Sequence[float], *, most: int, least_share: flo
 def attention_of(ctx: CompressionContext, rows: Tensor) -> Tensor:
     """(B, H, G·n, N) fp32: the attention of the queries `rows` (n,) of this step, query heads of one KV head one behind the other.
 
-    All entries are visible to all queries, as within a scale; padding gets none.
+    In a next-scale model all entries are visible to all queries, in a decoder those up to the query's own. Padding gets none, and gives none.
     """
     batch, heads, _, width = ctx.k.shape
     # (B, H·G, n, D) -> (B, H, G·n, D): the query heads of one KV head score together
@@ -139,7 +151,13 @@ def attention_of(ctx: CompressionContext, rows: Tensor) -> Tensor:
     logits = q @ ctx.k.float().mT * ctx.scale
     if ctx.softcap is not None:
         logits = ctx.softcap * torch.tanh(logits / ctx.softcap)
-    return logits.masked_fill(~ctx.valid[:, :, None], -torch.inf).softmax(-1)
+    seen = ctx.valid[:, :, None]
+    if ctx.scale_shapes is None:
+        # (B, H, n, N), the same for the query heads of one KV head
+        causal = ctx.position[:, :, None] <= ctx.q_position[:, rows][:, None, :, None]
+        seen = (seen & causal).repeat(1, 1, q.shape[2] // len(rows), 1)
+    weights: Tensor = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return weights if ctx.scale_shapes is not None else weights.nan_to_num(0.0)
 
 
 def attention_received(ctx: CompressionContext, rows: Tensor) -> Tensor:

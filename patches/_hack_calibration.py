@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import OptionError, UnsupportedError
-from accel.patches._cache import ScaleBudget, attention_of, evenly_spread
+from accel.patches._cache import CacheBudget, attention_of, evenly_spread
 from accel.patches._head_profile import HeadProfile, ProfileHeader, Shapes, named, rank_correlation
 from accel.patches._head_selectors import query_sample
 from accel.patches.hack import HACK
@@ -74,7 +74,7 @@ class Sums:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadProfiler(ScaleBudget):
+class HeadProfiler(CacheBudget):
     """Keeps everything and adds up what it sees of the heads of one generation. scale_shapes: the scales that `sums` are of; others raise."""
 
     keep: float | int = 1.0

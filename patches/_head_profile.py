@@ -49,6 +49,9 @@ class ProfileHeader:
         for what, own, asked in (("layers", self.n_layers, model.n_layers), ("heads", self.n_heads, model.n_kv_heads)):
             if own != asked:
                 found.append(f"the profile is of {self.model} with {own} {what}, this {model.family} model has {asked}")
+        if bool(self.scale_shapes) != (model.scale_shapes is not None):
+            measured, asking = ("an image model", "a decoder") if self.scale_shapes else ("a decoder", "an image model")
+            found.append(f"the profile is of {measured}, {self.model}, this {model.family} model is {asking}")
         return found
 
     def is_of_other_weights(self, model: ModelInfo) -> bool:

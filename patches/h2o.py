@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from accel.patches._cache import ScoredCache, attention_received, evenly_spread, largest, newest
+from accel.patches._cache import attention_received, evenly_spread, newest
+from accel.patches._head_budgets import ScoredCache
 from accel.patches._options import require_number, require_whole
 from accel.protocols import CacheNeeds, CompressionContext, HeadGroup, Retain
 
@@ -17,7 +18,7 @@ class H2O(ScoredCache):
 
     keep: how many in all. recent_share: how much of that the newest entries take unasked; 0 leaves all to the ranking, as the ablation of
     kv-compression.md §7.4 does. n_queries: how many queries of a scale, evenly spread, stand for all of them when its own entries are ranked, since
-    compression comes before attention; None takes all. Attention of earlier scales is counted whole.
+    compression comes before attention; None takes all. Attention of earlier scales, and all of a decoder's, is counted whole.
     """
 
     recent_share: float = 0.5
@@ -35,10 +36,11 @@ class H2O(ScoredCache):
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
         """The newest entries, and those with the most attention of earlier scales and this one."""
         assert ctx.attention_mass is not None   # asked for in `needs`
-        n_new = ctx.q.shape[2]
-        rows = evenly_spread(n_new, self.n_queries or n_new, ctx.q.device)
-        # a few rows stand for all of the scale: earlier scales were summed over all of theirs
-        mass = ctx.attention_mass + attention_received(ctx, rows) * (n_new / len(rows))
-        recent = newest(ctx, int(group.budget * self.recent_share + 1e-9)) & ctx.valid
-        scores = self.over_pairs(mass, ctx).masked_fill(~ctx.valid, -1.0)
-        return Retain(largest(scores, group.budget, forced=recent))
+        mass = ctx.attention_mass
+        if ctx.scale_shapes is not None:
+            n_new = ctx.q.shape[2]
+            rows = evenly_spread(n_new, self.n_queries or n_new, ctx.q.device)
+            # a few rows stand for all of the scale: earlier scales were summed over all of theirs
+            mass = mass + attention_received(ctx, rows) * (n_new / len(rows))
+        recent = newest(ctx, int(group.budget * self.recent_share + 1e-9))
+        return Retain(self.best(ctx, self.over_pairs(mass, ctx), group.budget, forced=recent))

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accel.patches._cache import UniformBudget, largest
-from accel.patches._options import is_whole, require
+from accel.patches._cache import newest
+from accel.patches._head_budgets import HeadBudgets
+from accel.patches._options import is_whole, require, require_whole
 from accel.protocols import CompressionContext, HeadGroup, Retain
 
 # SplitMix64 counts in steps of 2⁶⁴ / φ; written as the int64 of the same bits
@@ -17,24 +18,28 @@ STEP = -7046029254386353131
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomKV(UniformBudget):
+class RandomKV(HeadBudgets):
     """Keeps random entries of each head, so many of all scales so far: the control for every cache method.
 
-    keep: how many. seed: with the layer and the head it gives every position its rank, for all images and both guidance rows alike.
+    keep: how many. seed: with the layer and the head it gives every position its rank, for all rows alike. window: of a decoder, how many of the
+    newest entries stay, as with all methods that it is compared to; small budgets give these at most half.
     """
 
     seed: int = 0
+    window: int = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, is_whole(self.seed), f"seed must be a whole number, got {self.seed!r}")
+        require_whole(self, "window", 0)
 
     @torch.no_grad()
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
         """The entries whose positions rank highest; one rank for ever makes the survivors of every scale a fair draw of all before."""
         keys = torch.tensor([self._key(ctx.layer, head) for head in group.heads], device=ctx.k.device)
         ranks = mixed(keys[:, None] + ctx.position * STEP)
-        return Retain(largest(ranks.masked_fill(~ctx.valid, torch.iinfo(torch.int64).min), group.budget))
+        recent = newest(ctx, min(self.window, group.budget // 2)) if ctx.scale_shapes is None else None
+        return Retain(self.best(ctx, ranks, group.budget, forced=recent))
 
     def _key(self, layer: int, head: int) -> int:
         """Where the numbers of a head start: 64 bits that differ in seed, layer and head."""

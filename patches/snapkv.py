@@ -8,17 +8,18 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from accel.patches._cache import ScoredCache, attention_received, largest, newest
+from accel.patches._cache import attention_received, newest
+from accel.patches._head_budgets import ScoredCache
 from accel.patches._options import is_whole, require, require_choice, require_whole
-from accel.protocols import CompressionContext, HeadGroup, Retain
+from accel.protocols import CacheNeeds, CompressionContext, HeadGroup, Retain
 
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(ScoredCache):
     """Keeps what the last queries attend to, pooled over neighbouring entries, and these queries' own entries (arXiv 2404.14469).
 
-    keep: how many in all. window: the last queries of the scale, which vote and whose own entries stay; small budgets give these entries at most
-    half. kernel: how many neighbours are pooled, an odd number; 1 does not pool. pooling: "max" or "avg" of them.
+    keep: how many in all. window: the last queries of the scale, or of a decoder, which vote and whose own entries stay; small budgets give these
+    entries at most half. kernel: how many neighbours are pooled, an odd number; 1 does not pool. pooling: "max" or "avg" of them.
     """
 
     window: int = 32
@@ -30,6 +31,9 @@ class SnapKV(ScoredCache):
         require_whole(self, "window", 1)
         require(self, is_whole(self.kernel) and self.kernel > 0 and self.kernel % 2 == 1, f"kernel must be an odd number, got {self.kernel!r}")
         require_choice(self, "pooling", ("max", "avg"))
+
+    def needs(self) -> CacheNeeds:
+        return CacheNeeds(n_queries=self.window)
 
     @torch.no_grad()
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
@@ -43,4 +47,4 @@ class SnapKV(ScoredCache):
         votes = votes.masked_fill(own, 0.0)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
         pooled = pool(votes, self.kernel, stride=1, padding=self.kernel // 2)
-        return Retain(largest(pooled.masked_fill(~ctx.valid, -1.0), group.budget, forced=own))
+        return Retain(self.best(ctx, pooled, group.budget, forced=own))

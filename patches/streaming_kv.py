@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from accel.patches._cache import UniformBudget, largest, newest
+from accel.patches._cache import newest
+from accel.patches._head_budgets import HeadBudgets
 from accel.patches._options import require_whole
 from accel.protocols import CompressionContext, HeadGroup, Retain
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamingKV(UniformBudget):
+class StreamingKV(HeadBudgets):
     """Keeps the first entries and the newest of each head (StreamingLLM, arXiv 2309.17453).
 
     keep: how many in all. sinks: how many of them are the first; where the budget is smaller, all but one. Entries count in the order they were made:
@@ -30,7 +31,8 @@ class StreamingKV(UniformBudget):
         """The first entries and the newest, alike for all rows and heads."""
         n_sinks = min(self.sinks, group.budget - 1)
         places = torch.arange(ctx.k.shape[2], device=ctx.k.device)
-        stays = (places < n_sinks) | newest(ctx, group.budget - n_sinks)
-        # padding goes first, and is replaced by entries just before the window
-        scores = places.expand(ctx.valid.shape).masked_fill(~ctx.valid, -1)
-        return Retain(largest(scores, group.budget, forced=stays & ctx.valid))
+        # the first that are there: padding stands in front of them
+        is_sink = ctx.valid & (ctx.valid.cumsum(-1) <= n_sinks)
+        stays = is_sink | newest(ctx, group.budget - n_sinks)
+        # padding is replaced by entries just before the window
+        return Retain(self.best(ctx, places.expand(ctx.valid.shape), group.budget, forced=stays))

@@ -53,7 +53,7 @@ class Unbindable(Window):
 class Evictor(KVCompression):
     @property
     def when(self) -> tuple[When, ...]:
-        return ()
+        return (When("before_attention"),)
 
     def groups(self, model: ModelInfo, layer: int, *, step: int, n_entries: int, shared: Mapping[str, Any] | None = None) -> list[HeadGroup]:
         return []
@@ -149,8 +149,8 @@ def test_wrong_methods_and_options_explain_themselves(model: nn.Module, argument
 
 @pytest.mark.parametrize(
     ("methods", "reason"),
-    [((Window(), Window(window_blocks=2)), "at most one sparse-attention"), ((Evictor(),), "does not run kv compression")],
-    ids=["two sparse methods", "kind this host does not run"],
+    [((Window(), Window(window_blocks=2)), "at most one sparse-attention"), ((Evictor(),), "compresses before attention only")],
+    ids=["two sparse methods", "a cache method that a decoder cannot ask"],
 )
 def test_impossible_combinations_are_refused_with_reasons(model: nn.Module, methods: tuple, reason: str) -> None:
     before = snapshot(model)

@@ -175,8 +175,13 @@ def test_apply_tells_weights_apart(tmp_path: Path) -> None:
 
 
 def test_what_cannot_work_at_all_is_refused(tmp_path: Path) -> None:
-    [reason] = HACK().supports(replace(INFO, scale_shapes=None), "transformers", [])
-    assert "next-scale model" in reason
+    decoder = replace(INFO, scale_shapes=None)
+    assert HACK().supports(decoder, "transformers", []) == []
+    for options in ({"mode": "decoupled", "profile": "some.safetensors"}, {"plan": "plan.json"}):
+        [reason] = HACK(**options).supports(decoder, "transformers", [])
+        assert "next-scale model" in reason
+    [reason] = HACK(profile=saved(tmp_path, ROWS)).supports(decoder, "transformers", [])
+    assert "the profile is of an image model" in reason
     [reason] = HACK(mode="decoupled").supports(INFO, "nextscale", [])
     assert "accel tune hack" in reason
     (tmp_path / "text.safetensors").write_text("no")

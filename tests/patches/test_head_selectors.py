@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from accel.patches import _head_selectors
 from accel.patches._head_selectors import grid_places, merge_dropped, query_sample, structural_index, sub_grid
-from accel.patches.hosts.nextscale.entries import Entries
+from accel.patches.hosts.entries import Entries
 from accel.protocols import CompressionContext, Retain
 
 

@@ -13,14 +13,14 @@ from accel.errors import PatchError
 from accel.kernels.head_grouped import KVGroup, grouped_attention
 from accel.models.cache import ScaleCache, Schedule
 from accel.patches.hosts.bound import outside_graph
-from accel.patches.hosts.nextscale.entries import Entries, check_answer
+from accel.patches.hosts.entries import Entries, check_answer
 from accel.protocols import CompressionContext, HeadGroup, KVCompression, ModelInfo, Retain
 from accel.stats import CacheStats
 
 
 @dataclass
 class Layer:
-    """What one layer holds between scales: the entries of each head group, the method's own state, and queries of earlier scales where asked for.
+    """What one layer holds between scales: the entries of each head group, and the method's own state.
 
     n_seen: positions that have passed, whatever was kept of them. heads: the groups' heads, which never change within a generation.
     """
@@ -28,7 +28,6 @@ class Layer:
     heads: list[tuple[int, ...]] = field(default_factory=list)
     entries: list[Entries | None] = field(default_factory=list)
     state: dict[str, Any] = field(default_factory=dict)
-    queries: Tensor | None = None
     n_seen: int = 0
 
 
@@ -140,15 +139,14 @@ class CompressedCache(ScaleCache):
             raise PatchError(f"layer {layer} has seen {held.n_seen} of the {start} tokens that come before scale {self.scale}")
         held.n_seen = end
         groups = self._groups(layer, held, n_heads=k.shape[1])
-        queries = self._with_earlier(held, q)
         chosen = [
-            self._choose(layer, group, held, number, *(self._of_heads(t, group.heads) for t in (k, v, queries)))
+            self._choose(layer, group, held, number, *(self._of_heads(t, group.heads) for t in (k, v, q)))
             for number, group in enumerate(groups)
         ]
         out = self._attention(q, chosen)
         if not self.is_last_scale:
             for number, one in enumerate(chosen):
-                held.entries[number] = self._kept_behind(layer, held, one, q, queries).owned()
+                held.entries[number] = self._kept_behind(layer, held, one, q).owned()
         rows = k.shape[0]
         self.counters().add_entries(
             self.scale, total=rows * k.shape[1] * end, attended=rows * sum(len(one.attended) * len(one.group.heads) for one in chosen),
@@ -177,7 +175,7 @@ class CompressedCache(ScaleCache):
         groups = [KVGroup(one.group.heads, one.attended.k, one.attended.v) for one in chosen]
         return grouped_attention(q, groups, scale=self.softmax_scale)
 
-    def _kept_behind(self, layer: int, held: Layer, one: Chosen, q: Tensor, queries: Tensor) -> Entries:
+    def _kept_behind(self, layer: int, held: Layer, one: Chosen, q: Tensor) -> Entries:
         """What stays of a group for later scales."""
         kept = one.kept
         if one.every.mass is not None:
@@ -185,7 +183,7 @@ class CompressedCache(ScaleCache):
             kept = replace(kept, mass=_mass_of_kept(one.every.mass, one.retain, received))
         if not (self._is_asked("after_prefill") or self._is_asked("every_n_steps")):
             return kept
-        retain = self._answer(layer, one.group, held, kept, self._of_heads(queries, one.group.heads))
+        retain = self._answer(layer, one.group, held, kept, self._of_heads(q, one.group.heads))
         if retain is None:
             return kept
         if retain.attend_index is not None:
@@ -241,17 +239,11 @@ class CompressedCache(ScaleCache):
         return groups
 
     def _is_asked(self, moment: str) -> bool:
-        """Whether the method is asked at this moment of this scale."""
+        """Whether the method is asked at this moment of this scale: before attention, where it can be, and then at no other."""
+        moments = [when.moment for when in self.method.when]
+        if moment != "before_attention" and "before_attention" in moments:
+            return False
         return any(when.moment == moment and (moment != "every_n_steps" or (self.scale + 1) % (when.every or 1) == 0) for when in self.method.when)
-
-    def _with_earlier(self, held: Layer, q: Tensor) -> Tensor:
-        """This scale's queries, behind those of earlier scales where they are fewer than the method wants to see."""
-        if not self._needs.n_queries:
-            return q
-        joined = q if held.queries is None else torch.cat([held.queries, q], 2)
-        if not self.is_last_scale:
-            held.queries = joined[:, :, -self._needs.n_queries :].clone(memory_format=torch.contiguous_format)
-        return joined[:, :, -max(self._needs.n_queries, q.shape[2]) :]
 
     def _of_heads(self, t: Tensor, heads: tuple[int, ...]) -> Tensor:
         """(b, H, …) -> (b, heads, …), without a copy where they are neighbours."""
@@ -277,8 +269,6 @@ class CompressedCache(ScaleCache):
 def _tensors(held: Layer) -> Iterator[Tensor]:
     for entries in held.entries:
         yield from () if entries is None else entries.tensors()
-    if held.queries is not None:
-        yield held.queries
     yield from (value for value in held.state.values() if isinstance(value, Tensor))
 
 

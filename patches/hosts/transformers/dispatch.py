@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from accel.errors import UnsupportedError
+from accel.patches.hosts.bound import outside_graph
 from accel.patches.hosts.transformers import op as _op  # noqa: F401 - registers the operators
 from accel.patches.hosts.transformers.applicability import why_dense
 from accel.patches.hosts.transformers.attend import known_length, why_method_dense
+from accel.patches.hosts.transformers.kv.slot import KV_SLOT, KVSlot
 from accel.patches.hosts.transformers.layers import LAYERS, SLOT, Slot, call_original, original_attention
 from accel.patches.hosts.transformers.masks import LazyMask, mask_function_for
 
@@ -49,6 +52,17 @@ def dispatcher_for(original: str) -> Callable[..., tuple[Tensor, Tensor | None]]
     """The dispatcher in front of `original`."""
 
     def accel_attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        kv: KVSlot | None = getattr(module, KV_SLOT, None)
+        if kv is None or kv.cache_layer is None:
+            return sparse_or_original(module, query, key, value, attention_mask, scaling, **kwargs)
+        q, k, v = _as_autocast_would(query, key, value)
+        dense = partial(sparse_or_original, module, query, key, value, attention_mask, scaling, **kwargs)
+        found: tuple[Tensor, Tensor | None] = outside_graph(kv.attend, dense, module, q, k, v, attention_mask, scaling, kwargs)
+        return found
+
+    def sparse_or_original(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         slot: Slot | None = getattr(module, SLOT, None)

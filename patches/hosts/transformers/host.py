@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from accel.errors import PatchError, UnsupportedError
 from accel.handle import Handle
 from accel.patches.hosts.identity import fingerprint, is_next_scale, unwrapped
-from accel.protocols import Method, ModelInfo, SparseAttention, TokenPruning
+from accel.protocols import KVCompression, Method, ModelInfo, SparseAttention, TokenPruning
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,9 @@ def refusals(method: Method) -> list[str]:
     """Why this host cannot run a method at all."""
     if isinstance(method, SparseAttention | TokenPruning):
         return []
-    return [f"the transformers host does not run {method.kind.replace('_', ' ')} methods yet"]
+    if isinstance(method, KVCompression) and all(when.moment == "before_attention" for when in method.when):
+        return ["it compresses before attention only, which would change what a decoder makes of its prompt"]
+    return [] if isinstance(method, KVCompression) else [f"the transformers host does not run {method.kind.replace('_', ' ')} methods"]
 
 
 def describe(model: Any) -> ModelInfo:
@@ -79,6 +81,10 @@ def attach(model: Any, methods: Sequence[Method], info: ModelInfo, handle: Handl
     for method in methods:
         if isinstance(method, SparseAttention):
             _patch_attention(base, modules, method, info, handle)
+        if isinstance(method, KVCompression):
+            from accel.patches.hosts.transformers.kv.attach import compress_caches
+
+            compress_caches(base, modules, method, replace(info, fingerprint=None), handle, why_skipped=partial(_why_skipped, info))
     pruning = [method for method in methods if isinstance(method, TokenPruning)]
     if pruning:
         from accel.patches.hosts.transformers.pruning.attach import prune_tokens
@@ -103,7 +109,7 @@ def _patch_attention(base: nn.Module, modules: list[nn.Module], method: SparseAt
         layer: int = module.layer_idx  # type: ignore[assignment]
         state = LayerState(
             method=method, module=weakref.ref(module), layer=layer, info=info, original=original,
-            original_function=function, handle_ref=weakref.ref(handle), skip_reason=_why_skipped(module, info, layer),
+            original_function=function, handle_ref=weakref.ref(handle), skip_reason=_why_skipped(info, module, layer),
         )  # fmt: skip
         slot = Slot(add_layer(state), handle)
         slots.append(slot)
@@ -127,7 +133,7 @@ def _patch_attention(base: nn.Module, modules: list[nn.Module], method: SparseAt
     handle.on_pause(switch)
 
 
-def _why_skipped(module: nn.Module, info: ModelInfo, layer: int) -> str | None:
+def _why_skipped(info: ModelInfo, module: nn.Module, layer: int) -> str | None:
     kind = info.layer_types[layer] if layer < len(info.layer_types) else "full_attention"
     if kind == "sliding_attention" or (getattr(module, "sliding_window", None) is not None and getattr(module, "is_sliding", True)):
         return "sliding window"
@@ -142,8 +148,9 @@ def _why_no_module(kind: str) -> str:
 
 
 def _refuse_unpatchable(base: nn.Module, decoder: nn.Module, modules: list[nn.Module]) -> None:
+    from accel.patches.hosts.transformers.kv.attach import MARK as CACHE_MARK
     from accel.patches.hosts.transformers.layers import LAYERS, SLOT
-    from accel.patches.hosts.transformers.pruning.attach import MARK
+    from accel.patches.hosts.transformers.pruning.attach import MARK as PRUNING_MARK
 
     if not modules:
         classes = sorted({type(m).__name__ for m in decoder.modules() if "attention" in type(m).__name__.lower()})
@@ -151,7 +158,7 @@ def _refuse_unpatchable(base: nn.Module, decoder: nn.Module, modules: list[nn.Mo
             f"{type(base).__name__} does not use transformers' attention interface, so its attention cannot be replaced",
             [f"attention classes found: {', '.join(classes) or 'none'}"],
         )
-    names = list(getattr(getattr(base, MARK, None), "names", []))
+    names = [name for mark in (PRUNING_MARK, CACHE_MARK) for name in getattr(getattr(base, mark, None), "names", [])]
     for module in modules:
         slot = getattr(module, SLOT, None)
         if slot is not None and slot.key in LAYERS:

@@ -73,6 +73,7 @@ class LazyMask:
         self._is_unpadded: bool | None = None
         self._shortened: dict[Hashable, LazyMask] = {}
         self._valid: dict[int, Tensor] = {}
+        self._new: dict[int, Tensor | None] = {}
 
     def contiguous(self) -> LazyMask:
         return self
@@ -125,6 +126,15 @@ class LazyMask:
             padding = self.padding[:, :kv_length]
             self._valid[kv_length] = torch.nn.functional.pad(padding, (0, missing)) if missing > 0 else padding
         return self._valid[kv_length]
+
+    def new_padding(self, length: int) -> Tensor | None:
+        """(B, length) bool of the last columns, those of this pass: False for padding; None where there is none. Read once for all layers."""
+        if self.padding is None or self._has_ones_only(self.padding):
+            return None
+        if length not in self._new:
+            newest = self.padding[:, -length:].bool()
+            self._new[length] = None if bool(newest.all()) else newest
+        return self._new[length]
 
     def _has_ones_only(self, padding: Tensor) -> bool:
         """Whether no key up to the last query is padding. Read once for all layers, each of which would wait for the device otherwise."""

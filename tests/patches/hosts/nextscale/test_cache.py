@@ -21,8 +21,8 @@ from accel.errors import PatchError
 from accel.handle import Handle
 from accel.models.cache import ScaleCache, Schedule
 from accel.models.var import VAR
+from accel.patches.hosts.entries import Entries
 from accel.patches.hosts.nextscale.cache import CompressedCache
-from accel.patches.hosts.nextscale.entries import Entries
 from accel.protocols import CacheNeeds, CompressionContext, HeadGroup, KVCompression, Merge, ModelInfo, Retain, When
 from accel.stats import CacheStats
 
@@ -270,7 +270,7 @@ def test_attend_index_behind_attention_is_an_error() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 1 << 24], ids=["row by row", "at once"])
 def test_attention_mass_is_what_the_entries_have_received(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accel.patches.hosts.nextscale.entries.MAX_MATRIX_ELEMENTS", chunk)
+    monkeypatch.setattr("accel.patches.hosts.entries.MAX_MATRIX_ELEMENTS", chunk)
     method = Toy(wants=CacheNeeds(attention_mass=True))
     run(new_cache(method))
     mass = torch.zeros(2, 4, 30)
@@ -300,15 +300,19 @@ def test_mass_counts_only_what_attention_read() -> None:
     assert (after[..., 1:] == 0).all()
 
 
-def test_earlier_queries_are_at_hand_where_a_method_asks_for_them() -> None:
+def test_a_scale_shows_its_own_queries_however_many_a_method_asks_of_decoders() -> None:
     method = Toy(wants=CacheNeeds(n_queries=12))
     run(new_cache(method))
     first, second = (ctx for ctx, _ in method.seen)
-    assert first.q.shape[2] == 12
-    assert first.q_position[0].tolist() == list(range(2, 14))
-    assert torch.equal(first.q, torch.cat([parts(1)[0][:, :, 1:], parts(2)[0]], 2))
-    # a scale that brings more shows all of its own
+    assert torch.equal(first.q, parts(2)[0])
+    assert first.q_position[0].tolist() == list(range(5, 14))
     assert torch.equal(second.q, parts(3)[0])
+
+
+def test_moments_behind_attention_are_for_hosts_that_cannot_ask_before() -> None:
+    method = Toy(moments=(When("before_attention"), When("after_prefill"), When("every_n_steps", 1)))
+    run(new_cache(method))
+    assert [(ctx.step, ctx.k.shape[2]) for ctx, _ in method.seen] == [(2, 14), (3, 22)]
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""The cache entries of one head group: b rows, H heads of the group, N entries, d channels."""
+"""The cache entries of one head group, for every host: b rows, H heads of the group, N entries, d channels, G query heads per head."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,15 +47,24 @@ class Entries:
         """(b, H, N) bool."""
         return torch.ones(self.k.shape[:3], dtype=torch.bool, device=self.k.device) if self.valid is None else self.valid
 
-    def followed_by(self, k: Tensor, v: Tensor, start: int) -> Entries:
-        """These entries and the new ones, which stand at the positions from `start` on and have received no attention yet."""
+    def followed_by(self, k: Tensor, v: Tensor, position: int | Tensor, valid: Tensor | None = None) -> Entries:
+        """These entries and the new ones, which have received no attention yet.
+
+        position: of the first new one, the others following it, or (b, n) of all. valid: (b, n) bool; None where all of them are.
+        """
 
         def joined(old: Tensor | None, new: Tensor) -> Tensor | None:
-            return None if old is None else torch.cat([old, new.expand(k.shape[:3])], 2)
+            # (b, n) or (n,) -> (b, H, n)
+            return None if old is None else torch.cat([old, (new[:, None] if new.dim() == 2 else new).expand(k.shape[:3])], 2)
 
-        new = torch.arange(start, start + k.shape[2], device=k.device, dtype=torch.int32)
-        valid, mass = joined(self.valid, torch.ones_like(new, dtype=torch.bool)), joined(self.mass, torch.zeros_like(new, dtype=torch.float32))
-        return Entries(torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), joined(self.position, new), valid, mass)
+        n_new = k.shape[2]
+        new = torch.arange(position, position + n_new, device=k.device) if isinstance(position, int) else position.to(k.device)
+        old_valid = self.validity() if self.valid is None and valid is not None else self.valid
+        is_there = torch.ones(n_new, dtype=torch.bool, device=k.device) if valid is None else valid.to(k.device)
+        return Entries(
+            torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), joined(self.position, new.int()), joined(old_valid, is_there),
+            joined(self.mass, torch.zeros(n_new, device=k.device)),
+        )  # fmt: skip
 
     def at(self, index: Tensor, ok: Tensor | None = None) -> Entries:
         """The entries at `index` (b, H, n); where `ok` is False an entry is padding. The others are gone once nobody holds the old tensors."""
@@ -89,26 +99,64 @@ class Entries:
         k = F.normalize(k, dim=-1) if retain.renorm_keys else k
         return replace(self, k=torch.where(named, k.to(self.k.dtype), self.k), v=torch.where(named, v.to(self.v.dtype), self.v))
 
-    def attention(self, q: Tensor, scale: float) -> Tensor:
-        """Attention of q (b, H, n, d) to all valid entries, without a mask among them: a scale sees itself and all before it."""
-        mask = None if self.valid is None else self.valid[:, :, None]
-        return F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask, scale=scale)
+    def before(self, number: int) -> Entries:
+        """Without the newest entries, those at positions from `number` on, which stand behind all others in every head."""
+        n = int((self.positions() < number).sum(-1).amax()) if len(self) else 0
+
+        def cut(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[:, :, :n]
+
+        return Entries(self.k[:, :, :n], self.v[:, :, :n], cut(self.position), cut(self.valid), cut(self.mass))
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> Entries:
+        """With the rows of the batch chosen, repeated or reordered by `change`."""
+        changed = (None if t is None else change(t) for t in (self.position, self.valid, self.mass))
+        return Entries(change(self.k), change(self.v), *changed)
+
+    def attention(self, q: Tensor, scale: float, *, softcap: float | None = None, n_causal: int = 0) -> Tensor:
+        """Attention of q (b, H·G, n, d) to all valid entries: (b, H·G, n, d). A row without any gives 0.
+
+        n_causal: the last entries, those of the last n_causal queries, are hidden from the queries before their own; 0 hides nothing.
+        """
+        mask = self._visible(q.shape[2], n_causal)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != self.k.shape[1])
+            return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True).repeat_interleave(q.shape[1] // self.k.shape[1], 1), 0)
+        return (self._weights(q, scale, softcap=softcap, mask=mask) @ self.v.float()[:, :, None]).flatten(1, 2).to(q.dtype)
 
     @torch.no_grad()
-    def received(self, q: Tensor, scale: float) -> Tensor:
-        """(b, H, N) fp32: the attention each entry receives from all queries together, summed chunk by chunk of them."""
-        with torch.autocast(q.device.type, enabled=False):
-            return self._received(q, scale)
-
-    def _received(self, q: Tensor, scale: float) -> Tensor:
-        keys = self.k.float().mT
+    def received(self, q: Tensor, scale: float, *, softcap: float | None = None, n_causal: int = 0) -> Tensor:
+        """(b, H, N) fp32: the attention each entry receives from all queries together, summed chunk by chunk of them. Arguments as in `attention`."""
         total = torch.zeros(self.k.shape[:3], device=q.device)
-        for rows in torch.split(q.float(), max(1, MAX_MATRIX_ELEMENTS // total.numel()), 2):
-            scores = rows @ keys * scale
-            if self.valid is not None:
-                scores = scores.masked_fill(~self.valid[:, :, None], -torch.inf)
-            total += scores.softmax(-1).sum(2)
+        mask, step = self._visible(q.shape[2], n_causal), max(1, MAX_MATRIX_ELEMENTS // max(1, total.numel()))
+        with torch.autocast(q.device.type, enabled=False):
+            for first in range(0, q.shape[2], step):
+                own = mask if mask is None or mask.shape[2] == 1 else mask[:, :, first : first + step]
+                total += self._weights(q[:, :, first : first + step], scale, softcap=softcap, mask=own).sum((2, 3))
         return total
+
+    def _visible(self, n_rows: int, n_causal: int) -> Tensor | None:
+        """(b, H, n or 1, N) bool: which entries each query sees; None where all see all."""
+        found = None if self.valid is None else self.valid[:, :, None]
+        if n_causal <= 1:
+            return found
+        n = len(self)
+        place = torch.arange(n, device=self.k.device)
+        # the last query sees everything; each one before it one entry less, down to the first of the causal ones
+        limit = n - (n_rows - 1 - torch.arange(n_rows, device=self.k.device)).clamp_max(n_causal)
+        causal = (place < limit[:, None]).expand(*self.k.shape[:2], -1, -1)
+        return causal if found is None else causal & found
+
+    def _weights(self, q: Tensor, scale: float, *, softcap: float | None, mask: Tensor | None) -> Tensor:
+        """(b, H, G, n, N) fp32: the attention of every query, 0 for one that sees nothing."""
+        batch, heads, _, width = self.k.shape
+        scores = q.float().reshape(batch, heads, -1, q.shape[2], width) @ self.k.float().mT[:, :, None] * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+        found: Tensor = scores.softmax(-1)
+        return found if mask is None else found.nan_to_num(0.0)
 
 
 def _weighted(rows: Tensor, merge: Merge) -> Tensor:

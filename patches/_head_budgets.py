@@ -160,13 +160,15 @@ class HeadBudgets(CacheBudget):
         if self._profile is None:
             return []
         types = self._types(model)
-        kinds = tuple(tuple(CONTEXTUAL if one else STRUCTURAL for one in row) for row in types)
+        # layers that were not measured have no types
+        kinds = tuple(tuple(CONTEXTUAL if one else STRUCTURAL for one in row) for row in types if row)
         header = self._profile.header
         caption = (
             f"σ, how much attention moves with the query; low is contextual. {header.data} of {header.model}. Where there are two kinds of heads, "
             "a gap lies between them"
         )
-        found = [HeadNumbers("Kinds of heads", caption, tuple(tuple(row) for row in self._profile.sigma.tolist()), kinds, is_log=True)]
+        sigma = tuple(tuple(row) for row, known in zip(self._profile.sigma.tolist(), types, strict=True) if known)
+        found = [HeadNumbers("Kinds of heads", caption, sigma, kinds, is_log=True)]
         if model.scale_shapes is None:
             return found
         plan = self.plan_for(model)

@@ -78,7 +78,8 @@ class HeadProfile:
     sigma: (L, H) fp32, Σ over keys of the variance over queries of their attention at the last scale, of conditional rows; 0 for a head that attends
     to the same keys whatever the query. sigma_unconditional: the same of the other rows of guided pictures, or None.
     entropy: (L, H) fp32, mean entropy of a row as a share of the largest possible. scale_use: (L, H, K, K) fp32, how much of its attention a query of
-    one scale (third axis) gives to each (last axis).
+    one scale (third axis) gives to each (last axis). Of a decoder K is 0 and σ is that of the last quarter of prompts, over the keys before it, the
+    largest of a KV head's query heads, −1 in layers that have no cache of the whole sequence; mass: (L, H) fp32, how much attention those keys get.
     """
 
     sigma: Tensor
@@ -86,13 +87,14 @@ class HeadProfile:
     scale_use: Tensor
     header: ProfileHeader
     sigma_unconditional: Tensor | None = None
+    mass: Tensor | None = None
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file."""
         from safetensors.torch import save_file
 
-        named = {"sigma": self.sigma, "entropy": self.entropy, "scale_use": self.scale_use, "sigma_unconditional": self.sigma_unconditional}
-        save_file({name: t.float().contiguous() for name, t in named.items() if t is not None}, path, metadata=self.header.as_metadata())
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        save_file({name: t.float().contiguous() for name, t in tensors.items()}, path, metadata=self.header.as_metadata())
         return Path(path)
 
     @classmethod
@@ -106,9 +108,8 @@ class HeadProfile:
         size, scales = (header.n_layers, header.n_heads), len(header.scale_shapes)
         shapes = {name: tuple(t.shape) for name, t in sorted(tensors.items())}
         expected: dict[str, tuple[int, ...]] = {"entropy": size, "scale_use": (*size, scales, scales), "sigma": size}
-        if "sigma_unconditional" in shapes:
-            expected["sigma_unconditional"] = size
-        if shapes != expected:
+        expected |= {name: size for name in ("sigma_unconditional", "mass") if name in shapes}
+        if shapes != dict(sorted(expected.items())):
             raise OptionError(f"hack: {path} holds tensors of the shapes {shapes}, expected {expected}")
         if not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
             raise OptionError(f"hack: {path} holds statistics that are not finite; make the profile anew")
@@ -138,20 +139,21 @@ def schedule_mismatch(calibrated: Shapes, asked: Shapes) -> str | None:
 
 
 def classify(profile: HeadProfile, *, alpha: float | Literal["auto"], fallback: float, has_diffuse_guard: bool = False) -> list[list[bool]]:
-    """(L, H): the heads that are contextual: those with the lowest σ of all layers together.
+    """(L, H): the heads that are contextual: those with the lowest σ of all layers together. Layers that were not measured have no heads here.
 
     alpha: their share, of which the number is rounded up. "auto": the widest gap of log σ between a half and 85 % of the heads, where one stands
     out; else `fallback`. has_diffuse_guard: heads that attend to nearly everything alike, whose σ is low too, stay structural.
     """
-    flat = profile.sigma.double().flatten()
+    is_measured = (profile.sigma >= 0).all(1)
+    flat = profile.sigma[is_measured].double().flatten()
     n = len(flat)
     count = automatic_count(flat, fallback) if alpha == "auto" else math.ceil(alpha * n - 1e-9)
     types = torch.zeros(n, dtype=torch.bool)
     types[flat.argsort(stable=True)[:count]] = True
     if has_diffuse_guard:
-        types &= profile.entropy.flatten() <= DIFFUSE
-    found: list[list[bool]] = types.view(profile.sigma.shape).tolist()
-    return found
+        types &= profile.entropy[is_measured].flatten() <= DIFFUSE
+    rows = iter(types.view(-1, profile.sigma.shape[1]).tolist())
+    return [next(rows) if one else [] for one in is_measured.tolist()]
 
 
 def automatic_count(sigma: Tensor, fallback: float) -> int:

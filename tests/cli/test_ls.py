@@ -23,8 +23,10 @@ def test_every_method_has_a_row_and_says_what_it_does(capsys: pytest.CaptureFixt
     assert [row["name"] for row in rows] == method_names()
     for row in rows:
         assert len(row["summary"]) > 20, "the first line of the class's docstring"
-        home = "nextscale" if row["kind"] == "kv_compression" else "transformers"
-        assert [host for host, reasons in row["hosts"].items() if not reasons] == [home]
+        cache = row["kind"] == "kv_compression"
+        homes = [host for host, reasons in row["hosts"].items() if not reasons]
+        # what works from scale to scale does not run on decoders
+        assert homes in ([["nextscale"], ["nextscale", "transformers"]] if cache else [["transformers"]])
 
 
 def test_text_names_methods_hosts_and_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ from accel.evals.models import LoadedImageModel, LoadedModel
 from accel.models.cache import Schedule
 from accel.models.var import VAR
 from accel.patches import _hack_calibration
-from accel.patches._hack_calibration import FIRST_SEED, STRIDE
+from accel.patches._hack_subjects import FIRST_SEED, STRIDE
 from accel.patches._head_plan import HeadPlan
 from accel.patches._head_profile import HeadProfile
 from accel.patches.hack import HACK
@@ -210,7 +210,8 @@ def test_models_that_cannot_be_measured_are_refused(infinity: Any, tmp_path: Pat
 
     with pytest.raises(OptionError, match=r"draws texts: give it a .safetensors file of their features"):
         calibrate(drawing(infinity), tmp_path)
-    with pytest.raises(UnsupportedError, match="hack cannot measure toy"):
+    # a language model reads text tasks or prose
+    with pytest.raises(OptionError, match="no task is called 'classes'"):
         calibrate(LoadedModel(tiny_model(), None, "toy"), tmp_path)
 
 

@@ -13,7 +13,7 @@ from next_scale import tiny_var
 
 from accel import Recipe
 from accel.errors import OptionError
-from accel.patches._hack_calibration import FIRST_SEED
+from accel.patches._hack_subjects import FIRST_SEED
 from accel.patches._head_plan import HeadPlan
 from accel.patches._head_profile import HeadProfile
 

@@ -13,7 +13,7 @@ from next_scale import INFO, SHAPES, context
 from torch import Tensor
 
 from accel.errors import OptionError
-from accel.patches._hack_calibration import HeadProfiler, Sums
+from accel.patches._hack_profiler import HeadProfiler, Sums
 from accel.patches._head_profile import (
     HeadProfile,
     ProfileHeader,

@@ -11,6 +11,11 @@ HOST_NOTES = {
     "autocast": "tested on CPU with bfloat16 and float16",
     "vision-language models": "sparse attention: the text decoder, where its mask is plain causal. Token pruning: twelve families, with batches, "
     "padding, beams, static cache, chunked prefill (from transformers 5.24 on), prompt lookup, second turns, labels; image encoders are watched",
+    "cache compression": "dynamic caches of layers with full attention; sliding and linear layers stay as they are. Tested: padding, beams, chunked "
+    "prefill, second turns, pictures, beside sparse prefill and token pruning. Static, quantised and offloaded caches, assistant decoding and prompt "
+    "lookup raise: they write, or take back, entries that are gone. A compressed layer leaves torch.compile's graph",
+    "cache compression in vLLM": "not possible per head: vLLM has one block table for all heads of a layer, so that entries dropped of one head free "
+    "no memory (vLLM issues 5751, 10646 and 12254 asked for it)",
     "CUDA": "untried: the Triton kernels are interpreted and compiled in tests, but no GPU has run them yet (scripts/gpu_check.sh)",
     "quantised weights": "bitsandbytes and torchao untried; attention sees ordinary tensors there",
     "FSDP, tensor parallel": "untried",

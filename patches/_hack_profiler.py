@@ -1,4 +1,4 @@
-"""What a head profile is made of: sums over pictures or prompts, and the method that adds to them in a running model (kv-compression.md §2.7, §10.2)."""
+"""What a head profile is made of: sums over pictures or prompts, and the method that adds to them as a model runs (kv-compression.md §2.7)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HACK on decoders: the statistic of a prompt's last quarter, profiles of language models, budgets by the prompt, and what both kinds of heads keep."""
+"""HACK on decoders: the statistic of a prompt's last quarter, profiles of language models, budgets, and what both kinds of heads keep."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_data_that_cannot_be_read_raises(tmp_path: Path) -> None:
     for data in ("gone.txt", "wrong.jsonl", "short.txt"):
         (tmp_path / "wrong.jsonl").write_text('{"prompt": "x"}\n')
         (tmp_path / "short.txt").write_text("too short")
-        with pytest.raises(OptionError, match="hack: cannot read|hack: .*holds no text of"):
+        with pytest.raises(OptionError, match=r"hack: cannot read|hack: .*holds no text of"):
             profile_heads(loaded(), tmp_path / data, tmp_path / "run", n_samples=1, show_progress=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +77,12 @@ def hosts() -> list[ModuleType]:
     return [importlib.import_module(f"accel.patches.hosts.{p.parent.name}.host") for p in sorted(folder.glob("*/host.py"))]
 
 
+def check_together(methods: Sequence[Method]) -> None:
+    """Raises UnsupportedError where these methods cannot stand beside each other in any model; `apply`, which knows the model, asks more."""
+    if reasons := _conflicts(methods):
+        raise UnsupportedError(f"cannot apply {' and '.join(m.method_name() for m in methods)} together:", reasons)
+
+
 def host_for(model: Any) -> ModuleType:
     """The host adapter for a model; raises UnsupportedError for anything else."""
     for host in hosts():
@@ -90,7 +97,7 @@ def _missing_layers(methods: list[Method], info: ModelInfo) -> list[str]:
     return [f"dense_layers names {', '.join(map(str, sorted(named)))}, but the model has {info.n_layers} layers"] if named else []
 
 
-def _conflicts(methods: list[Method]) -> list[str]:
+def _conflicts(methods: Sequence[Method]) -> list[str]:
     """Reasons why methods cannot stand beside each other (design.md §3)."""
     reasons = [] if methods else ["the recipe holds no method"]
     for kind, what in ((SparseAttention, "sparse-attention"), (KVCompression, "KV-compression")):

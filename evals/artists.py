@@ -7,13 +7,13 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.errors import AccelError, OptionError
-from accel.evals.exports import Picture, Subject
-from accel.evals.models import embedded_names, load_model, prepared, reads_ahead, torch_dtype
+from accel.evals.exports import Drawn, Picture, Subject
+from accel.evals.models import did_you_mean, embedded_names, load_model, prepared, reads_ahead, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +31,15 @@ Encode = Callable[[Sequence[Picture]], "TextFeatures"]
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model that draws, before its weights are read. load(dtype, device) reads them; defaults: of `generate`, where the model has its own."""
+    """A model that draws, before its weights are read. load(dtype, device) reads them; defaults: of `generate`, where the model has its own;
+    drawn: its classes, and the side of its pictures, for a size other than the model's own None.
+    """
 
     name: str
     family: Any
     load: Callable[[torch.dtype, str], Any]
     defaults: Mapping[str, Any]
+    drawn: Drawn = field(default_factory=Drawn)
 
     @property
     def draws_classes(self) -> bool:
@@ -70,8 +73,9 @@ def find_model(name: str, *, tokenizer: str | None = None, size: str | None = No
         return _embedded(name)
     if not path.exists():
         drawing = ", ".join(known for known in embedded_names() if "class" in (reads_ahead(known) or ()))
-        raise AccelError(f"cannot load the model {name!r}: there is no such file or folder, and the models that ship and draw are: {drawing}")
-    family = _saved_family(path) if is_ours else _official_family(path)
+        meant = did_you_mean(name) or "."
+        raise AccelError(f"cannot load the model {name!r}: there is no such file or folder{meant} The models that ship and draw are: {drawing}")
+    family, drawn = _saved(path) if is_ours else _official(path)
 
     def load(dtype: torch.dtype, device: str) -> Any:
         if is_ours:
@@ -85,7 +89,7 @@ def find_model(name: str, *, tokenizer: str | None = None, size: str | None = No
 
     if not is_ours and tokenizer is None and family.__name__ == "Infinity":
         raise OptionError(f"{name} comes without its tokenizer: name the file, such as infinity_vae_d32reg.pth, as the tokenizer")
-    return FoundModel(name, family, load, {})
+    return FoundModel(name, family, load, {}, drawn)
 
 
 def _embedded(name: str) -> FoundModel:
@@ -95,11 +99,12 @@ def _embedded(name: str) -> FoundModel:
         raise OptionError(f"{name} draws no pictures; small-var, VAR and Infinity do")
     module = importlib.import_module(f"accel.evals.models.{name.replace('-', '_')}.load")
     defaults = {"guidance_scale": module.GUIDANCE, "top_k": module.TOP_K, "top_p": module.TOP_P}
-    return FoundModel(name, VAR, lambda dtype, device: load_model(name, dtype=dtype, device=device).model, defaults)
+    _, drawn = _saved(module.WEIGHTS)
+    return FoundModel(name, VAR, lambda dtype, device: load_model(name, dtype=dtype, device=device).model, defaults, drawn)
 
 
-def _saved_family(path: Path) -> Any:
-    """The class of the model in a `save_pretrained` folder."""
+def _saved(path: Path) -> tuple[Any, Drawn]:
+    """The class of the model in a `save_pretrained` folder, and what it draws."""
     from accel.models.infinity import Infinity
     from accel.models.var import VAR
 
@@ -109,24 +114,35 @@ def _saved_family(path: Path) -> Any:
         raise AccelError(f"cannot read {path / 'config.json'}: {error}") from error
     for family in (VAR, Infinity):
         if family.config_class.model_type == kind:
-            return family
+            return family, _drawn_by(family.config_class.from_pretrained(path))
     raise OptionError(f"{path} holds a model of type {kind!r}, which draws no pictures here: VAR and Infinity do")
 
 
-def _official_family(path: Path) -> Any:
-    """The class of the model in an official file, told by its keys; the weights themselves stay on disk."""
+def _drawn_by(config: Any) -> Drawn:
+    """What a model of this configuration draws; of an Infinity, whose size is chosen at each picture, no side."""
+    if not hasattr(config, "num_classes"):
+        return Drawn()
+    # a level of the decoder but the last doubles the side
+    return Drawn(config.num_classes, config.scales().sizes[-1][0] << (len(config.vae_multipliers) - 1))
+
+
+def _official(path: Path) -> tuple[Any, Drawn]:
+    """The class of the model in an official file, told by its keys, and what it draws; the weights themselves stay on disk."""
     from accel.models.checkpoints import read_state
     from accel.models.infinity import Infinity
     from accel.models.infinity.original import WEIGHTS_INSIDE as INFINITY_INSIDE
     from accel.models.var import VAR
+    from accel.models.var.config import SIDES
     from accel.models.var.original import WEIGHTS_INSIDE as VAR_INSIDE
 
-    keys = read_state(path, wrappers=(*VAR_INSIDE, *INFINITY_INSIDE)).keys()
-    if "cfg_uncond" in keys:
-        return Infinity
-    if "class_emb.weight" in keys:
-        return VAR
-    raise AccelError(f"{path} is neither a VAR nor an Infinity transformer; it holds {', '.join(sorted(keys)[:6])}, …")
+    state = read_state(path, wrappers=(*VAR_INSIDE, *INFINITY_INSIDE))
+    if "cfg_uncond" in state:
+        return Infinity, Drawn()
+    if "class_emb.weight" in state:
+        sides = SIDES.get(state["pos_1LC"].shape[-2]) if "pos_1LC" in state else None
+        # one row stands for no class; the published tokenizer makes 16 pixels of a token's side
+        return VAR, Drawn(state["class_emb.weight"].shape[0] - 1, 16 * sides[-1] if sides else None)
+    raise AccelError(f"{path} is neither a VAR nor an Infinity transformer; it holds {', '.join(sorted(state)[:6])}, …")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import accel
-from accel.evals.latency import last_logits_only, quiet_notices
+from accel.evals.latency import quiet_notices
+from accel.evals.prompt_cache import last_logits_only
 from accel.kernels.block_sparse.plan import BlockPlan
 from accel.kernels.block_sparse.ragged import Ragged
 from accel.protocols import AttentionStep, Method

@@ -77,11 +77,16 @@ class ExportFolder:
             shutil.rmtree(self.root / IMAGES, ignore_errors=True)
         (self.root / IMAGES).mkdir(parents=True, exist_ok=True)
         _replace(self.root / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True))
-        with (self.root / "pictures.jsonl").open("w", encoding="utf-8") as file:
-            for picture in self.plan:
-                shown = {"prompt": picture.subject.text} if picture.subject.label is None else {"label": picture.subject.label}
-                row = {"number": picture.number, "file": f"{IMAGES}/{self.layout.file(picture)}", "seed": picture.seed, **shown}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._write_beside()
+
+    def _write_beside(self) -> None:
+        """Writes what lies beside the pictures, whatever was there: a kill or an editor may have left half of it."""
+        rows = []
+        for picture in self.plan:
+            shown = {"prompt": picture.subject.text} if picture.subject.label is None else {"label": picture.subject.label}
+            row = {"number": picture.number, "file": f"{IMAGES}/{self.layout.file(picture)}", "seed": picture.seed, **shown}
+            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+        _replace(self.root / "pictures.jsonl", "".join(rows))
         self.layout.begin(self.root, self.plan)
 
     def save(self, picture: Picture, image: Any) -> None:
@@ -106,7 +111,8 @@ class ExportFolder:
                     on_saved()
 
     def finish(self, *, archive_only: bool = False) -> None:
-        """Makes what the layout makes of all pictures; with `archive_only` the single pictures go then."""
+        """Makes what the layout makes of all pictures, and mends what lies beside them; with `archive_only` the single pictures go then."""
+        self._write_beside()
         if not self.has_archive:
             self.layout.finish(self.root, self.plan)
         if archive_only and self.has_archive:

@@ -16,6 +16,9 @@ from typing import Any, ClassVar
 from accel.errors import OptionError
 
 IMAGES = "images"
+# the reference batches of openai/guided-diffusion by side, and how many classes they are of
+REFERENCES: dict[int | None, str] = {256: "VIRTUAL_imagenet256_labeled.npz", 512: "VIRTUAL_imagenet512.npz"}
+IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,14 @@ class Subject:
     text: str | None = None
     key: str = ""
     line: str = ""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a model draws, as told before its weights are read: of how many classes, None of texts, and the side of a picture in pixels."""
+
+    n_classes: int | None = None
+    side: int | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class Layout:
     def finish(self, root: Path, plan: Plan) -> None:
         """Makes what needs all pictures."""
 
-    def scoring(self, root: Path) -> str:
+    def scoring(self, root: Path, drawn: Drawn) -> str:
         """How the pictures are scored, for people."""
         return f"the pictures are numbered in {root / IMAGES}, and listed with seeds in {root / 'pictures.jsonl'}"
 
@@ -118,8 +129,15 @@ class Adm(Layout):
         known = None if None in labels else labels
         write_npz(root / "samples.npz", [root / IMAGES / self.file(picture) for picture in plan], known)  # type: ignore[arg-type]
 
-    def scoring(self, root: Path) -> str:
-        return f"python evaluator.py VIRTUAL_imagenet256_labeled.npz {root / 'samples.npz'}    (openai/guided-diffusion, evaluations/)"
+    def scoring(self, root: Path, drawn: Drawn) -> str:
+        """With the published reference batch for ImageNet; other pictures need one of their own kind, and against ImageNet a score says nothing."""
+        reference = REFERENCES.get(drawn.side) if drawn.n_classes == IMAGENET_CLASSES else None
+        command = f"python evaluator.py {reference or 'REFERENCE.npz'} {root / 'samples.npz'}    (openai/guided-diffusion, evaluations/)"
+        if reference:
+            return command
+        what = "of what the prompts describe" if drawn.n_classes is None else f"of the {drawn.n_classes} classes that the model was trained on"
+        size = f"of {drawn.side}×{drawn.side} pixels, as these are, " if drawn.side else ""
+        return f"{command}\nREFERENCE.npz: real pictures {what}, {size}as arr_0 (N, H, W, 3) uint8, many thousands; no published batch holds them"
 
 
 class GenEval(Layout):
@@ -145,7 +163,7 @@ class GenEval(Layout):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metadata.jsonl").write_text(subject.line + "\n", encoding="utf-8")
 
-    def scoring(self, root: Path) -> str:
+    def scoring(self, root: Path, drawn: Drawn) -> str:
         return f"python evaluation/evaluate_images.py {root / IMAGES} --outfile {root / 'results.jsonl'} --model-path DETECTOR    (djghosh13/geneval)"
 
 
@@ -172,7 +190,7 @@ class HPSv2(Layout):
     def file(self, picture: Picture) -> str:
         return f"{picture.subject.key}.jpg"
 
-    def scoring(self, root: Path) -> str:
+    def scoring(self, root: Path, drawn: Drawn) -> str:
         return f"python -c \"import hpsv2; hpsv2.evaluate('{root / IMAGES}')\"    (tgxs002/HPSv2; its means count 800 prompts per style)"
 
 
@@ -201,7 +219,7 @@ class ImageReward(Layout):
         records = [{"id": subject.key, "prompt": subject.text} for subject in plan.subjects]
         (root / "prompts.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def scoring(self, root: Path) -> str:
+    def scoring(self, root: Path, drawn: Drawn) -> str:
         words = f"--prompts_path {root / 'prompts.json'} --img_dir {root} --model {IMAGES} --result_dir {root / 'scores'}"
         return f"python test-benchmark.py {words}    (THUDM/ImageReward)"
 

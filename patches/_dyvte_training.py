@@ -121,7 +121,8 @@ def train_routers(
 CALIBRATION = Calibration(
     "routers",
     'routers, from questions about pictures with answers (--data scenes, or a .jsonl file with "image", "text" and "answer" in each line); '
-    "minutes of the model's own time",
+    "the model answers every question once without an exit and again with one behind each candidate layer, then the routers are trained: for "
+    "small-vlm 12 to 25 minutes on two processor cores",
     train_routers,
 )
 

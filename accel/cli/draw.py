@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accel.cli.measuring import choose_dtype, merge_settings, print_settings, settle_threads
-from accel.cli.options import read_variants, split_items
+from accel.cli.options import by_content, content_hash, read_variants, split_items
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def main(args: argparse.Namespace) -> int:
     from accel.evals.artists import check_fit, find_model
     from accel.evals.export_folder import ExportFolder
     from accel.evals.exports import Plan, layout_named, read_subjects
+    from accel.patching import check_together
 
     layout = layout_named(settings["layout"])
     if settings["npz_only"] and layout.archive is None:
@@ -94,6 +95,9 @@ def main(args: argparse.Namespace) -> int:
     labels = None if settings["labels"] is None else parse_labels(settings["labels"])
     subjects = read_subjects(layout, labels=labels, prompts=settings["prompts"])
     methods = [m for group in read_variants(settings).values() for m in group] if settings["method"] or settings["recipe"] else []
+    # told before anything is loaded
+    if methods:
+        check_together(methods)
     found = find_model(settings["model"], tokenizer=settings["tokenizer"], size=settings["size"])
     check_fit(found, subjects, text_encoder=settings["text_encoder"], features=settings["features"])
     sampling = found.sampling({name: settings[name] for name in SAMPLING})
@@ -105,7 +109,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"{n_missing} of {len(plan)} pictures to draw; loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
         _draw(folder, found, settings, methods, sampling, dtype=dtype)
     folder.finish(archive_only=bool(settings["npz_only"]))
-    print(f"{len(plan)} {'picture' if len(plan) == 1 else 'pictures'} in {folder.root}, layout {layout.name}\nscore: {layout.scoring(folder.root)}")
+    print(f"{len(plan)} {'picture' if len(plan) == 1 else 'pictures'} in {folder.root}, layout {layout.name}")
+    print(f"score: {layout.scoring(folder.root, found.drawn)}")
     return 0
 
 
@@ -138,15 +143,17 @@ def _copies(settings: Mapping[str, Any], layout: Any) -> int:
 def _identity(
     settings: Mapping[str, Any], subjects: Sequence[Subject], methods: Sequence[Method], sampling: Mapping[str, Any], *, dtype: str, copies: int
 ) -> dict[str, Any]:
-    """What the pictures depend on; a folder holds pictures of one such set."""
+    """What the pictures depend on; a folder holds pictures of one such set. Files of prompts, features and methods count by what they hold."""
     from accel.evals.artists import prompts_hash
 
-    kept = {key: settings[key] for key in ("model", "tokenizer", "text_encoder", "features", "layout", "seed") if settings[key] is not None}
+    kept = {key: settings[key] for key in ("model", "tokenizer", "text_encoder", "layout", "seed") if settings[key] is not None}
+    if settings["features"] is not None:
+        kept["features"] = content_hash(settings["features"], "the features")
     drawn = {"labels": str(settings["labels"])} if settings["prompts"] is None else {"prompts": prompts_hash(subjects)}
     return {
         **kept, **drawn, "pictures of each": copies, **sampling, "dtype": dtype, "device": str(settings["device"]).split(":")[0],
         # rounding depends on the batch, and moves a code now and then in bfloat16; a method may treat a batch as one
-        "batch": settings["batch"], "methods": [{m.method_name(): m.changed_options()} for m in methods],
+        "batch": settings["batch"], "methods": by_content(methods),
     }  # fmt: skip
 
 

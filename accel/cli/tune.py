@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +21,29 @@ HELP = "calibration: from which length a method pays here, or its best options; 
 
 CROSSOVER = "crossover"
 DEFAULTS: dict[str, Any] = {
-    "model": "smollm2", "method": "flexprefill", "lengths": "1k,2k,4k,8k", "objective": None, "data": None, "trials": None, "dtype": "auto",
-    "device": "cpu", "repeats": 5, "threads": None, "seed": 0, "out": None,
+    "what": None, "model": "smollm2", "method": "flexprefill", "lengths": "1k,2k,4k,8k", "objective": None, "data": None, "trials": None,
+    "dtype": "auto", "device": "cpu", "repeats": 5, "threads": None, "seed": 0, "out": None,
 }  # fmt: skip
+# settings that say nothing elsewhere
+OF_CROSSOVER = ("method", "lengths", "repeats")
+OF_SEARCH = ("objective", "trials")
+TRIALS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # no default here: a flag that was not given must not override the settings file
+    data = (
+        "of a search or a training. For pruning: scenes, a folder of pictures, or a .jsonl with image, text (answer). For hack: classes, of a model "
+        "that draws them; a .safetensors file of text features; needle or another text task, a .txt or a .jsonl, of a language model"
+    )
     parser.add_argument("what", nargs="?", metavar="WHAT", help="crossover, or METHOD[:OPTION=VALUE,…] to search its other options or train it")
     parser.add_argument("--model", help="an embedded model, a folder, or a hub id (default: smollm2)")
     parser.add_argument("--method", metavar="NAME[:OPTION=VALUE,…]", help="crossover: the sparse method (default: flexprefill)")
     parser.add_argument("--lengths", help="crossover: prompt lengths (default: 1k,2k,4k,8k)")
     parser.add_argument("--repeats", type=int, help="crossover: timed rounds over all variants in turn (default: 5)")
     parser.add_argument("--objective", help="search: what to optimise (default: the method's only objective)")
-    parser.add_argument("--data", help="of a search or a training; for pruning: scenes, a folder of pictures, or a .jsonl with image, text (answer)")
-    parser.add_argument("--trials", type=int, help="search: trials in all; the same call again goes on after a stop (default: 60)")
+    parser.add_argument("--data", help=data)
+    parser.add_argument("--trials", type=int, help=f"search: trials in all; the same call again goes on after a stop (default: {TRIALS})")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
@@ -45,30 +53,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
     parser.epilog = (
         "examples:\n  accel tune crossover --model smollm2 --method flexprefill:min_budget=256 --lengths 1k,2k,4k,8k --out recipe.yaml\n"
-        "  accel tune vflowopt:keep=0.25 --model small-vlm --data scenes --trials 60\n  accel tune dyvte --model small-vlm --data scenes"
+        "  accel tune vflowopt:keep=0.25 --model small-vlm --data scenes --trials 60\n  accel tune dyvte --model small-vlm --data scenes\n"
+        "  accel tune hack:keep=0.3 --model small-var --data classes"
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Lists what can be tuned, or measures and writes a recipe. 0 when that was done."""
     settings = merge_settings(args, DEFAULTS)
-    if args.dry_run:
-        print_settings(settings)
-        return 0
-    if args.what is None:
+    what = settings["what"]
+    if what is None and not args.dry_run:
         return _list_all()
     settle_threads(settings["threads"])
-    if args.what == CROSSOVER:
+    if what is None or what == CROSSOVER:
+        if args.dry_run:
+            print_settings({key: value for key, value in settings.items() if what is None or key not in (*OF_SEARCH, "data")})
+            return 0
         return _crossover(settings)
     from accel.cli.options import parse_method
 
-    method = parse_method(args.what)
-    if settings["trials"] is None and settings["data"] is None and settings["objective"] is None:
+    method = parse_method(what)
+    calibration, asked = type(method).calibration(), [f"--{name}" for name in OF_SEARCH if settings[name] is not None]
+    if calibration is not None and asked:
+        _require_search(method, calibration, what, asked)
+    is_calibration = calibration is not None and not asked
+    if args.dry_run:
+        print_settings({key: value for key, value in settings.items() if key not in OF_CROSSOVER + OF_SEARCH * is_calibration})
+        return 0
+    if settings["data"] is None and not asked:
         return _list_one(method.method_name())
-    calibration = type(method).calibration()
-    if calibration is not None and settings["trials"] is None and settings["objective"] is None:
-        return _calibrate(method, calibration, _given(args.what, method), settings)
-    return _search(method, _given(args.what, method), settings)
+    if calibration is not None and is_calibration:
+        return _calibrate(method, calibration, _given(what, method), settings)
+    return _search(method, _given(what, method), settings)
+
+
+def _require_search(method: Method, calibration: Calibration, what: str, asked: Sequence[str]) -> None:
+    """Raises OptionError where a search was asked for, by these flags, of a method that has none beside what it can be made."""
+    cls = type(method)
+    if cls.search_space() and cls.objectives():
+        return
+    lacks = "has nothing to tune by a search" if not cls.search_space() else "has no objective to search for"
+    raise OptionError(
+        f"{method.method_name()} {lacks}, which {' and '.join(asked)} asked for. Without, `accel tune {what} --model … --data …` makes "
+        f"{calibration.about}"
+    )
 
 
 def _list_all() -> int:
@@ -141,7 +169,7 @@ def _search(method: Method, given: Mapping[str, Any], settings: Mapping[str, Any
     if objective.prepare is not None:
         data = objective.prepare(loaded, data, settings["seed"])
         about["samples"] = str(data)
-    trials = 60 if settings["trials"] is None else settings["trials"]
+    trials = TRIALS if settings["trials"] is None else settings["trials"]
     result = tune(
         name, objective, model=loaded.model, data=data, trials=trials, fixed=given, about=about, seed=settings["seed"],
         folder=Path(settings["out"] or f"runs/tune-{name}"),

@@ -68,7 +68,8 @@ class NextScaleModel(PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As in transformers, but weights that are missing or do not fit raise instead of starting at random."""
+        """As in transformers, but weights that are missing or do not fit raise instead of starting at random, and so does another kind of model."""
+        cls._require_own_kind(*args, **kwargs)
         try:
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
@@ -79,6 +80,17 @@ class NextScaleModel(PreTrainedModel):  # type: ignore[misc]
                 f"incomplete or wrong checkpoint for {cls.__name__}: " + "; ".join(f"{kind} {keys[:6]}" for kind, keys in faults.items())
             )
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _require_own_kind(cls, source: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Raises where the configuration that lies beside the weights is another model's: transformers would only warn."""
+        if source is None:
+            return
+        found, _ = cls.config_class.get_config_dict(source, **{key: value for key, value in kwargs.items() if key != "config"})
+        kind, own = found.get("model_type"), cls.config_class.model_type
+        if kind != own:
+            what = f"a model of type {kind!r}" if kind else "no configuration of a model"
+            raise CheckpointError(f"{source} holds {what}, and {cls.__name__} reads the type {own!r}; official files are read by from_original")
 
     @classmethod
     def _from_renamed(cls, config: Any, state: Mapping[str, Tensor], *, dtype: torch.dtype | None, device: torch.device | str | None) -> Self:

@@ -59,11 +59,18 @@ def _read(path: Path) -> object:
         # the older file format cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        why = "is damaged, or holds Python objects, which are not loaded for safety: save its state dict alone"
-        raise CheckpointError(f"{path} {why} ({error})") from error
+        # without torch's own words, which advise to load the file unsafely; nor as the cause, which a traceback shows
+        raise CheckpointError(f"{path} {_why_refused(str(error))}") from None
     except Exception as error:
         # torch and safetensors have no common error for a damaged file: RuntimeError, EOFError, KeyError, SafetensorError are all met
         raise CheckpointError(f"{path} cannot be read; it is truncated, damaged or no weights file ({type(error).__name__}: {error})") from error
+
+
+def _why_refused(said: str) -> str:
+    """What is wrong with a file that torch does not load safely, by what it said."""
+    if found := re.search(r"Unsupported (?:global|class): (?:GLOBAL )?(\S+)", said):
+        return f"holds a Python object ({found[1]}), which is not loaded for safety: save its state dict alone"
+    return "is no weights file, is damaged, or holds Python objects, which are not loaded for safety: a .pth or .safetensors of tensors is needed"
 
 
 def _read_folder(folder: Path) -> dict[str, object]:

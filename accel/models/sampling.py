@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -59,6 +60,9 @@ def generators_for(seed: Seed, images: int, device: torch.device) -> list[torch.
         seed = [seed + i for i in range(images)]
     if not isinstance(seed, Sequence) or isinstance(seed, str):
         raise OptionError(f"seed is an int, a list with an int or torch.Generator per image, or None, got {seed!r}")
+    wrong = [one for one in seed if not isinstance(one, Integral | torch.Generator) or isinstance(one, bool)]
+    if wrong:
+        raise OptionError(f"seed is an int, a list with an int or torch.Generator per image, or None; the list holds {wrong[0]!r}")
     if len(seed) != images:
         raise OptionError(f"{len(seed)} seeds for {images} images")
     given = [id(one) for one in seed if isinstance(one, torch.Generator)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import logging
@@ -138,7 +139,19 @@ def load_model(name_or_path: str, *, dtype: str | torch.dtype = "float32", devic
         return found
     if (_local_config(name_or_path) or {}).get("model_type") in DRAWING:
         return _load_drawing(name_or_path, wanted, device)
+    # a hub id without an owner; asking the hub for a slip of the pen takes half a minute where there is no network
+    if "/" not in name_or_path and not Path(name_or_path).exists() and (meant := did_you_mean(name_or_path)):
+        raise AccelError(
+            f"cannot load the model {name_or_path!r}{meant} Embedded models: {', '.join(embedded_names())}. "
+            "Else name a local folder, or a hub id with its owner (owner/name)"
+        )
     return _load_pretrained(name_or_path, wanted, device)
+
+
+def did_you_mean(name: str) -> str:
+    """A question after the embedded model whose name is close to this one; empty where none is."""
+    close = difflib.get_close_matches(name.lower().replace("_", "-"), embedded_names(), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _loader(name: str) -> Any:

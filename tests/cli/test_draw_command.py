@@ -54,7 +54,9 @@ def test_the_small_var_fills_an_array_with_its_classes_in_turn(tmp_path: Path, c
     seen = loaded.judge.classes(torch.from_numpy(found["arr_0"]).permute(0, 3, 1, 2) / 255)
     assert (seen == torch.from_numpy(found["arr_1"])).float().mean() >= 0.8, "the judge sees the classes that the labels name"
     said = capsys.readouterr()
-    assert f"evaluator.py VIRTUAL_imagenet256_labeled.npz {tmp_path / 'x' / 'samples.npz'}" in said.out
+    assert f"evaluator.py REFERENCE.npz {tmp_path / 'x' / 'samples.npz'}" in said.out
+    assert "REFERENCE.npz: real pictures of the 10 classes that the model was trained on, of 32×32 pixels" in said.out
+    assert "imagenet" not in said.out
     assert "30/30" in said.err
 
 
@@ -96,6 +98,70 @@ def test_the_same_command_goes_on_and_another_one_is_refused(tmp_path: Path, cap
     assert draw(tmp_path / "x", *words, "--npz-only") == 0
     assert not pixels(tmp_path / "x")
     assert draw(tmp_path / "x", *words, "--npz-only") == 0
+
+
+def test_files_of_methods_count_by_what_they_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from head_profiles import info_of, profile_of
+
+    from accel.evals.models import load_model
+
+    info = info_of(load_model("small-var").model)
+    words = ("--labels", "2,4", "--per-class", "1")
+
+    def recipe(folder: str, kinds: str) -> tuple[str, str]:
+        (tmp_path / folder).mkdir()
+        profile_of([kinds] * 6, info).save(tmp_path / folder / "profile.safetensors")
+        (tmp_path / folder / "r.yaml").write_text("schema: 1\nmethods:\n- hack: {keep: 0.3, profile: profile.safetensors}\n")
+        return "--recipe", str(tmp_path / folder / "r.yaml")
+
+    first = recipe("first", "CCSS")
+    assert draw(tmp_path / "x", *words, *first) == 0
+    before = pixels(tmp_path / "x")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    next((tmp_path / "x" / "images").iterdir()).unlink()
+    capsys.readouterr()
+    assert draw(tmp_path / "x", *words, "--recipe", str(tmp_path / "moved" / "r.yaml")) == 0
+    assert "1 of 2 pictures to draw" in capsys.readouterr().err
+    assert pixels(tmp_path / "x") == before
+    # under the path of the first one
+    assert draw(tmp_path / "x", *words, *recipe("first", "SSCC")) == 2
+    assert "pictures of other settings: methods was" in capsys.readouterr().err
+    (tmp_path / "first" / "profile.safetensors").unlink()
+    assert draw(tmp_path / "y", *words, *first) == 2
+    assert "cannot read profile of hack" in capsys.readouterr().err
+
+
+def test_features_count_by_what_they_hold(infinity: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    moved, changed = tmp_path / "moved.safetensors", tmp_path / "changed.safetensors"
+    moved.write_bytes((infinity / "f.safetensors").read_bytes())
+    save_features(changed, PROMPTS, lambda prompts: TextFeatures.of([torch.zeros(len(prompt), 24) for prompt in prompts]))
+    words = ("--prompts", str(tmp_path / "p.txt"), "--size", "0.06M")
+    for features, code in ((infinity / "f.safetensors", 0), (moved, 0), (changed, 2)):
+        assert draw(tmp_path / "x", *words, "--features", str(features), model=str(infinity / "model")) == code
+    assert "features was SHA-256" in capsys.readouterr().err
+
+
+def test_a_cut_list_of_the_pictures_is_mended(tmp_path: Path) -> None:
+    words = ("--labels", "0-3", "--per-class", "1")
+    assert draw(tmp_path / "x", *words) == 0
+    listed = tmp_path / "x" / "pictures.jsonl"
+    whole = listed.read_bytes()
+    listed.write_bytes(whole[:-20])
+    assert draw(tmp_path / "x", *words) == 0
+    assert listed.read_bytes() == whole
+
+
+def test_methods_that_cannot_stand_together_are_refused_before_the_model_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "hack.yaml"
+    recipe.write_text("schema: 1\nmethods:\n- hack\n")
+    both = tmp_path / "both.yaml"
+    both.write_text("schema: 1\nmethods:\n- hack\n- snapkv\n")
+    for words in (("--method", "h2o", "--recipe", str(recipe)), ("--recipe", str(both))):
+        assert draw(tmp_path / "x", "--labels", "1", *words) == 2
+        err = capsys.readouterr().err
+        assert "at most one KV-compression method fits into a model" in err
+        assert "loading" not in err
 
 
 @pytest.mark.slow

@@ -18,6 +18,15 @@ def test_env_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in text
 
 
+def test_no_package_is_wanted_for_a_command_that_does_not_exist() -> None:
+    import re
+
+    from accel.cli.main import commands
+
+    named = {name for use in env.OPTIONAL.values() for name in re.findall(r"accel (\w+)", use)}
+    assert named <= commands().keys()
+
+
 def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == set(env.describe())

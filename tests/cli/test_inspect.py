@@ -87,6 +87,75 @@ def test_layer_numbers_are_written_as_ranges(numbers: list[int], text: str) -> N
     assert as_ranges(numbers) == text
 
 
+# --- caches of models that draw -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_draws_runs_the_cache_methods_and_says_why_it_runs_no_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from accel.protocols import KVCompression
+    from accel.registry import method_class, method_names
+
+    assert main(["inspect", "small-var", "--out", str(tmp_path / "run")]) == 0
+    rows = json.loads((tmp_path / "run" / "result.json").read_text())["layers"]
+    assert {row["method"] for row in rows if row["patched"]} == {name for name in method_names() if issubclass(method_class(name), KVCompression)}
+    assert [row["type"] for row in rows if row["method"] == "h2o"] == ["heads 0–3: 65 of 130 entries"]
+    text = capsys.readouterr().out
+    assert "1 2 3 4 6 8, 130 tokens in all" in text
+    assert "the next-scale host runs KV-compression methods only" in text
+    assert "cannot apply" not in text, "which method it is stands in front of each line"
+
+
+@pytest.mark.parametrize("kind", ["var", "infinity"])
+def test_what_a_cache_method_does_is_shown_by_one_picture(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from head_profiles import info_of, saved
+    from next_scale import tiny_infinity, tiny_var
+
+    # nothing drawn depends on the weights, which are saved in 32 bits
+    model = tiny_var() if kind == "var" else tiny_infinity(default_size="0.06M")
+    model.save_pretrained(tmp_path / "model")
+    profile, out = saved(tmp_path, ["CCSS", "CCCS"], info_of(model)), tmp_path / "run"
+    words = ["--method", f"hack:keep=0.8,profile={profile}", "--method", "h2o:keep=1.0", "--dtype", "float32"]
+    assert main(["inspect", str(tmp_path / "model"), *words, "--out", str(out)]) == 0
+    result = json.loads((out / "result.json").read_text())
+    hack = [row for row in result["layers"] if row["method"] == "hack"]
+    assert [(row["layers"], row["patched"]) for row in hack] == [("0", True), ("1", True)]
+    assert hack[1]["type"].startswith("contextual heads 0–2: ")
+    assert "structural heads 3: " in hack[1]["type"]
+    [whole] = [row for row in result["layers"] if row["method"] == "h2o"]
+    assert (whole["patched"], whole["reason"]) == (False, "these options keep everything")
+    assert [row["title"] for row in result["heads"]] == ["Kinds of heads", "Budget of each head"]
+    assert [row["title"].split("(")[0] for row in result["pictures"]] == ["dense", "hack", "h2o"]
+    dense, compressed, same = ((out / row["file"]).read_bytes() for row in result["pictures"])
+    assert dense.startswith(b"\x89PNG")
+    assert dense == same != compressed
+    text = capsys.readouterr().out
+    assert "entries read at step" in text, "the report of the handle, behind the picture"
+    assert "c: contextual, s: structural" in text
+    assert "entries read at step" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--method", "flexprefill"], "flexprefill: the next-scale host runs KV-compression methods only"),
+        (["--prompt", "README.md"], "small-var draws pictures and reads no prompt"),
+    ],
+    ids=["method", "prompt"],
+)
+def test_what_a_model_that_draws_cannot_show_is_refused_and_leaves_nothing(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "small-var", *words, "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_cache_method_drops_of_a_prompt_is_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", model, "--method", "h2o:keep=0.25", "--tokens", "1k", "--out", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "bytes held now" in text
+    assert "min_seq_len" not in text, "which cache methods have not"
+
+
 # --- pictures -----------------------------------------------------------------------------------------------------------------
 
 

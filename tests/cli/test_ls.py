@@ -36,6 +36,18 @@ def test_text_names_methods_hosts_and_training(capsys: pytest.CaptureFixture[str
     assert "powerattention: quality depends on adapting" in text
 
 
+def test_what_a_method_wants_to_be_measured_is_listed_and_not_reported_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    from next_scale import INFO
+
+    from accel.registry import build
+
+    [row] = [row for row in json.loads(show(capsys, as_json=True))["methods"] if row["name"] == "hack"]
+    assert "with profile=FILE: `accel tune hack" in row["needs_training"]
+    notice = str(build("hack").notice(INFO))
+    assert notice.count("accel tune hack") == 1
+    assert row["needs_training"] not in notice
+
+
 def test_notes_of_a_host_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     notes = types.ModuleType("accel.patches.hosts.transformers.notes")
     notes.HOST_NOTES = {"FSDP": "never tried"}  # type: ignore[attr-defined]

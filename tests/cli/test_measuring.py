@@ -82,6 +82,37 @@ def test_auto_takes_the_type_this_machine_is_fast_in(monkeypatch: pytest.MonkeyP
     assert choose_dtype("float16", "cpu")[0] == "float16"
 
 
+@pytest.mark.parametrize(
+    "device, message",
+    [("cuda", "finds no cuda device here; run it on --device cpu"), ("cuda:1", "finds no cuda"), ("gpu", "there is no device 'gpu'")],
+)
+def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(
+    device: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from accel.cli.main import main
+    from accel.evals import cache_bench
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for words in (["draw", "--labels", "1"], ["run", "--model", "small-var", "--tasks", "images"], ["bench", "--what", "ttft"],
+                  ["inspect", "small-var"], ["tune", "hack", "--model", "small-var", "--data", "classes"]):  # fmt: skip
+        assert main([*words, "--device", device, "--out", str(tmp_path / words[0])]) == 2, words
+        err = capsys.readouterr().err
+        assert message in err
+        assert "Traceback" not in err
+    assert cache_bench.main(["--device", device]) == 2
+    assert message in capsys.readouterr().err
+    # bench makes its folder before it knows
+    assert {path.name for path in tmp_path.iterdir()} <= {"bench"}
+
+
+def test_a_device_beyond_the_last_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert choose_dtype("auto", "cuda:0")[0] == "bfloat16"
+    with pytest.raises(OptionError, match="cuda:1, and torch finds 1 here"):
+        choose_dtype("float32", "cuda:1")
+
+
 def test_progress_goes_to_stderr_and_ends_full(capsys: pytest.CaptureFixture[str]) -> None:
     with measuring.progress_bar(2) as progress:
         for text in ("a", "b", "c"):

@@ -209,9 +209,9 @@ def test_a_run_that_is_resumed_and_still_unfinished_draws_what_is_there(tmp_path
     pytest.importorskip("PIL")
     words = [*PICTURES, "--samples", "2", "--controls", "random_tokens", "--out", str(tmp_path)]
     assert main(words) == 0
-    # of the method that the control is compared to, one sample is gone
+    # of the method that the control is compared to, one sample is gone, and one of dense, which comes first when the run goes on
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    left = [line for line in lines if (line["label"], line["sample"]) != ("fastervlm(keep=0.25)", 0)]
+    left = [line for line in lines if (line["label"], line["sample"]) not in (("fastervlm(keep=0.25)", 0), ("dense", 0))]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in left))
     assert main(["run", "--out", str(tmp_path), "--resume", "--samples", "3", "--limit", "1"]) == 1
     result = json.loads((tmp_path / "result.json").read_text())
@@ -243,3 +243,23 @@ def test_a_resumed_run_keeps_its_methods_and_budgets_or_takes_others(tmp_path: P
     result = json.loads((tmp_path / "result.json").read_text())
     assert [row["label"] for row in result["scores"]] == ["dense", "fastervlm(keep=0.1)"]
     capsys.readouterr()
+
+
+def test_cache_methods_are_swept_beside_controls_and_their_bytes_are_told(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "--model", model, "--dtype", "float32", "--method", "snapkv", "--tasks", "needle,key_value", "--lengths", "1k"]
+    assert main([*words, "--keeps", "0.5,0.2", "--shared-prefill", "--out", str(tmp_path / "r")]) == 0
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    labels = [row["label"] for row in result["scores"] if row["task"] == "key_value"]
+    assert labels == ["dense", "snapkv(keep=0.5)", "snapkv(keep=0.2)",
+                      *(f"{name} (keep {keep})" for name in ("random_kv", "streaming_kv") for keep in (0.5, 0.2))]  # fmt: skip
+    assert (result["config"]["questions"], result["config"]["shared_prefill"]) == ("apart, behind one cache", True)
+    assert all(row["cache"]["peak_bytes"] < row["cache"]["whole_bytes"] for row in result["scores"] if not row["is_baseline"])
+    assert {row["other"] for row in result["cache_paired"]} == {"dense", *labels[3:]}
+    assert any(limit.startswith("key_value: its question stands at the end") for limit in result["limits"])
+    out = capsys.readouterr().out
+    for text in ("of whole", "snapkv(keep=0.2) − random_kv (keep 0.2)", "up to its last 64 tokens"):
+        assert text in out
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "Against the most that the cache holds" in page
+    # the settings of the run are taken over
+    assert main(["run", "--out", str(tmp_path / "r"), "--resume", "--dtype", "float32"]) == 0

@@ -96,6 +96,45 @@ def test_a_text_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "cannot be asked about pictures: it is a text model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words, shown, hidden",
+    [
+        (("crossover",), ("what: crossover", "method:", "lengths:", "repeats:"), ("trials:", "data:", "objective:")),
+        (("hack:keep=0.5",), ("what: hack:keep=0.5", "data:"), ("trials:", "objective:", "method:", "lengths:", "repeats:")),
+        (("vflowopt", "--trials", "3"), ("what: vflowopt", "trials: 3", "data:", "objective:"), ("method:", "lengths:", "repeats:")),
+    ],
+    ids=["crossover", "calibration", "search"],
+)
+def test_a_dry_run_says_what_is_tuned_and_by_which_settings(
+    words: tuple[str, ...], shown: tuple[str, ...], hidden: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["tune", *words, "--model", "small-var", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert all(line in text for line in shown)
+    assert not any(line in text for line in hidden)
+    (tmp_path / "settings.yaml").write_text(text)
+    assert main(["tune", "--config", str(tmp_path / "settings.yaml"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == text, "a file that --config takes"
+
+
+def test_a_search_where_there_is_only_a_calibration_says_which_flag_asked_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "hack:keep=0.5", "--model", "small-var", "--trials", "10"]) == 2
+    err = capsys.readouterr().err
+    assert "--trials asked for" in err
+    assert "Without, `accel tune hack:keep=0.5 --model … --data …` makes a profile" in err
+    assert "loading" not in err
+
+
+def test_help_shows_a_calibration_of_each_kind_of_data(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "accel tune hack:keep=0.3 --model small-var --data classes" in text
+    assert "For hack: classes" in text
+    assert main(["tune", "dyvte"]) == 0
+    assert "12 to 25 minutes" in capsys.readouterr().out
+
+
 def test_the_list_speaks_of_the_crossover_only_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune"]) == 0
     blocks: dict[str, list[str]] = {}

@@ -104,6 +104,23 @@ def test_a_model_that_cannot_draw_this_explains_itself(tmp_path: Path, small_var
             check_fit(found, subjects, text_encoder=encoder, features=features)
 
 
+def test_what_a_model_draws_is_told_before_its_weights_are_read(tmp_path: Path) -> None:
+    from accel.evals.exports import Drawn
+
+    next_scale.tiny_var(num_classes=7).save_pretrained(tmp_path / "var")
+    next_scale.tiny_infinity().save_pretrained(tmp_path / "infinity")
+    # of an official file the keys by which its kind and sizes are told; one class stands for none
+    torch.save({"class_emb.weight": torch.zeros(1001, 4), "pos_1LC": torch.zeros(1, 2240, 4)}, tmp_path / "var_d36.pth")
+    torch.save({"cfg_uncond": torch.zeros(2, 4)}, tmp_path / "infinity.pth")
+    found = {name: find_model(str(tmp_path / name)).drawn for name in ("var", "infinity", "var_d36.pth")}
+    found |= {"infinity.pth": find_model(str(tmp_path / "infinity.pth"), tokenizer="vae.pth").drawn, "small-var": find_model("small-var").drawn}
+    assert found == {
+        "var": Drawn(7, 8), "infinity": Drawn(), "var_d36.pth": Drawn(1000, 512), "infinity.pth": Drawn(), "small-var": Drawn(10, 32)
+    }  # fmt: skip
+    with pytest.raises(AccelError, match=r"did you mean 'small-var'\?"):
+        find_model("small-vra")
+
+
 def test_features_are_those_of_these_prompts(tmp_path: Path) -> None:
     from accel.models.infinity import TextFeatures
 

@@ -14,7 +14,7 @@ import pytest
 
 from accel.errors import AccelError, OptionError
 from accel.evals.export_folder import ExportFolder
-from accel.evals.exports import LAYOUTS, Picture, Plan, Subject, layout_named, read_subjects
+from accel.evals.exports import LAYOUTS, Drawn, Picture, Plan, Subject, layout_named, read_subjects
 from accel.evals.npz import write_npz
 
 np = pytest.importorskip("numpy")
@@ -74,6 +74,21 @@ def test_adm_is_one_array_in_the_order_of_the_numbers_with_the_classes_in_turn(t
     assert set(loaded) == {"arr_0", "arr_1"}
     assert loaded["arr_1"].tolist() == [3, 5, 8] * 4, "every stretch of the Inception score holds all classes"
     assert loaded["arr_1"].dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    "drawn, reference",
+    [
+        (Drawn(1000, 256), "VIRTUAL_imagenet256_labeled.npz"), (Drawn(1000, 512), "VIRTUAL_imagenet512.npz"), (Drawn(1000, 1024), None),
+        (Drawn(10, 256), None), (Drawn(), None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_adm_is_scored_against_imagenet_only_where_that_was_drawn(drawn: Drawn, reference: str | None) -> None:
+    said = layout_named("adm").scoring(Path("x"), drawn)
+    assert f"evaluator.py {reference or 'REFERENCE.npz'} " in said
+    assert ("no published batch holds them" in said) == (reference is None)
+    assert ("of what the prompts describe" in said) == (drawn.n_classes is None)
 
 
 def test_adm_of_prompts_has_no_classes(tmp_path: Path) -> None:

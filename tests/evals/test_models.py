@@ -80,6 +80,21 @@ def test_a_model_that_cannot_be_found_says_where_it_was_looked_for(tmp_path: Pat
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize("name, meant", [("small-vaar", "small-var"), ("Small_VLM", "small-vlm"), ("smollm", "smollm2")])
+def test_a_slip_of_the_pen_is_told_without_asking_the_hub(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accel.evals.models._load_pretrained", None)
+    with pytest.raises(AccelError, match=f"cannot load the model '{name}'; did you mean '{meant}'"):
+        load_model(name)
+
+
+def test_other_names_are_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("accel.evals.models._load_pretrained", lambda name, dtype, device: asked.append(name))
+    for name in ("gpt2", "someone/small-vaar"):
+        load_model(name)
+    assert asked == ["gpt2", "someone/small-vaar"]
+
+
 def test_a_folder_with_a_vision_config_loads_with_its_processor() -> None:
     loaded = load_model(str(WEIGHTS))
     assert isinstance(loaded, LoadedVisionModel)

@@ -330,6 +330,7 @@ def test_default_and_named_sizes_give_the_promised_pictures(tiny_infinity: Calla
     ("call", "message"),
     [
         ({"prompt": "a fox"}, "text_encoder=TextEncoder"), ({"prompt": []}, "prompt must be"), ({"prompt": [1]}, "prompt must be"),
+        ({"prompt": 3}, "prompt must be"), ({"prompt": None}, "prompt must be"),
         ({"prompt": [torch.zeros(3, 23)]}, "width 24 and up to 10"), ({"prompt": [torch.zeros(11, 24)]}, "width 24 and up to 10"),
         ({"prompt": [torch.zeros(3)]}, "tokens, width"), ({"prompt": [torch.zeros(0, 24)]}, "lengths must lie"),
         ({"size": "2M", "schedule": None}, "no size"), ({"aspect_ratio": 5.0, "schedule": None}, "aspect_ratio"), ({"schedule": []}, "schedule"),

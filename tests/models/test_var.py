@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,10 @@ def test_generate_returns_pictures_of_the_right_size(tiny_var: Callable[..., VAR
     ("call", "message"),
     [
         ({"labels": []}, "non-empty"), ({"labels": [1.5]}, "list of ints"), ({"labels": [6]}, "0…4, or 5 for no class"), ({"labels": [-1]}, "0…4"),
-        ({"labels": [[1], [2]]}, "one-dimensional"), ({"guidance_scale": -1.0}, "guidance_scale"), ({"top_p": 2.0}, "top_p"),
+        ({"labels": [[1], [2]]}, "one-dimensional"), ({"labels": "x"}, "got 'x'"),
+        ({"labels": ["1"]}, "list of ints"), ({"labels": None}, "list of ints"), ({"labels": [[1], [2, 3]]}, "list of ints"),
+        ({"labels": [2**70]}, "list of ints"), ({"labels": torch.tensor([1j])}, "list of ints"), ({"seed": ["1"]}, "the list holds '1'"),
+        ({"guidance_scale": -1.0}, "guidance_scale"), ({"top_p": 2.0}, "top_p"),
         ({"top_k": -2}, "top_k"), ({"seed": [1, 2]}, "2 seeds for 1"), ({"output": "png"}, "output"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -217,6 +221,46 @@ def test_teacher_forced_codes_of_the_wrong_shape_raise(tiny_var: Callable[..., V
     model = tiny_var()
     with pytest.raises(OptionError, match="codes must have the shapes"):
         model.forward(torch.tensor([1]), random_codes(model, 2))
+
+
+@pytest.mark.parametrize("content", ["text", "object"])
+def test_what_is_no_weights_file_is_refused_without_advice_to_load_it_unsafely(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    if content == "text":
+        path.write_text("# A page of text\nwith lines\n")
+    else:
+        torch.save({"weights": torch.zeros(2), "args": Unknown()}, path)
+    with pytest.raises(CheckpointError) as caught:
+        VAR.from_original(path)
+    expected = "is no weights file" if content == "text" else f"holds a Python object ({__name__}.Unknown)"
+    assert str(caught.value).startswith(f"{path} {expected}")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "weights_only" not in shown
+    assert "safe_globals" not in shown
+
+
+class Unknown:
+    """Something that no checkpoint should hold."""
+
+
+def test_a_folder_of_the_other_kind_of_model_is_refused(tiny_var: Callable[..., VAR], tiny_infinity: Callable[..., Any], tmp_path: Path) -> None:
+    tiny_var().save_pretrained(tmp_path / "var")
+    tiny_infinity().save_pretrained(tmp_path / "infinity")
+    for family, other, kind in ((VAR, "infinity", "accel_infinity"), (type(tiny_infinity()), "var", "accel_var")):
+        with pytest.raises(CheckpointError, match=f"{other} holds a model of type '{kind}', and {family.__name__} reads the type"):
+            family.from_pretrained(tmp_path / other)
+
+
+def test_auto_classes_know_our_folders(tiny_var: Callable[..., VAR], tiny_infinity: Callable[..., Any], tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    for model in (tiny_var(), tiny_infinity()):
+        model.save_pretrained(tmp_path / type(model).__name__)
+        folder = str(tmp_path / type(model).__name__)
+        assert type(AutoConfig.from_pretrained(folder)) is type(model.config)
+        found = AutoModel.from_pretrained(folder)
+        assert type(found) is type(model)
+        assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), model.state_dict().values(), strict=True))
 
 
 def test_save_and_load_round_trip(tiny_var: Callable[..., VAR], tmp_path: Path) -> None:
@@ -372,5 +416,5 @@ def test_files_that_do_not_fit_explain_themselves(official_var: Any, official_va
     with pytest.raises(CheckpointError, match=r"cut\.pth"):
         VAR.from_original(tmp_path / "cut.pth", tokenizer)
     torch.save({"model": Schedule.of([1])}, tmp_path / "objects.pth")
-    with pytest.raises(CheckpointError, match="Python objects"):
+    with pytest.raises(CheckpointError, match="a Python object"):
         VAR.from_original(tmp_path / "objects.pth", tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -292,7 +292,7 @@ class Infinity(NextScaleModel):
         if isinstance(prompt, TextFeatures):
             features = prompt
         else:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Iterable) else []
             if prompts and all(isinstance(one, Tensor) for one in prompts):
                 features = TextFeatures.of(prompts)  # type: ignore[arg-type]
             elif not prompts or not all(isinstance(one, str) for one in prompts):

@@ -151,9 +151,14 @@ class VAR(NextScaleModel):
 
     def _rows(self, labels: int | Sequence[int] | Tensor, guidance_scale: float) -> tuple[Tensor, bool]:
         """Labels on the model's device, followed by as many null labels where guidance is on."""
-        found = torch.as_tensor([labels] if isinstance(labels, int) else labels)
-        if found.dim() != 1 or found.numel() == 0 or found.is_floating_point() or found.dtype == torch.bool:
-            raise OptionError(f"labels must be an int or a non-empty one-dimensional list of ints, got {labels!r}")
+        wrong = f"labels must be an int or a non-empty one-dimensional list of ints, got {labels!r}"
+        try:
+            found = torch.as_tensor([labels] if isinstance(labels, int) else labels)
+        # texts, None, rows of several lengths, whole numbers beyond 64 bits: torch has an error of its own for each
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise OptionError(wrong) from error
+        if found.dim() != 1 or found.numel() == 0 or found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+            raise OptionError(wrong)
         known = self.class_embed.num_embeddings
         if int(found.min()) < 0 or int(found.max()) >= known:
             null = f", or {self.config.num_classes} for no class" if self.config.has_null_class else ""

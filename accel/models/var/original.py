@@ -55,9 +55,12 @@ def read_original(
     codes = renamed(found, TOKENIZER, "the VAR tokenizer")
     channels, multipliers, blocks = decoder_shape(codes, "a VAR tokenizer")
     classes, has_null = _classes(state["class_emb.weight"].shape[0], num_classes)
+    depth = count_blocks(state, r"blocks\.(\d+)\.", what)
+    heads, width = state["blocks.0.attn.scale_mul_1H11"].numel(), state["class_emb.weight"].shape[1]
+    if width == 64 * heads and depth != heads:
+        raise CheckpointError(f"incomplete checkpoint: {depth} blocks of width {width}, and a published VAR of this width has {heads}")
     config = VARConfig(
-        num_hidden_layers=count_blocks(state, r"blocks\.(\d+)\.", what), hidden_size=state["class_emb.weight"].shape[1],
-        num_attention_heads=state["blocks.0.attn.scale_mul_1H11"].numel(), intermediate_size=state["blocks.0.ffn.fc1.weight"].shape[0],
+        num_hidden_layers=depth, hidden_size=width, num_attention_heads=heads, intermediate_size=state["blocks.0.ffn.fc1.weight"].shape[0],
         shared_adaln="shared_ada_lin.1.weight" in state, num_classes=classes, has_null_class=has_null,
         schedule=_sides(state, schedule), codebook_size=codes["quantizer.codebook.weight"].shape[0], code_width=state["word_embed.weight"].shape[1],
         vae_channels=channels, vae_multipliers=multipliers, vae_blocks=blocks,

@@ -28,6 +28,7 @@ HEADERS = (
     "variant", "read", "predicted", "attention ms", "ratio", "choosing", "module ms", "ratio", "all scales ms", "ratio", "choosing", "cache MiB",
     "predicted", "peak MiB",
 )  # fmt: skip
+PLANTED = "hack has a planted profile: half of the heads contextual, with a third of the mean budget, unless its options say otherwise."
 NOTE = """\
 Last scale unless it says otherwise; median (p20-p80) of interleaved runs, ratios to dense. attention: writing entries, choosing, gathering, the
 products; choosing: scores, selection and merge, as a share of dense attention; module: attention with projections and rotation. read, predicted:
@@ -64,9 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(args: argparse.Namespace) -> int:
+    from accel.cli.measuring import check_device
     from accel.evals.cache_timing import SHAPES, measure
     from accel.evals.models import torch_dtype
 
+    check_device(args.device)
     if args.clock == "processor" and (args.threads != 1 or args.device != "cpu"):
         raise OptionError("processor time is that of one thread: add --threads 1, on a CPU")
     if args.shape not in SHAPES:
@@ -125,7 +128,26 @@ def _print(args: argparse.Namespace, rows: Sequence[CacheRow]) -> None:
     ]  # fmt: skip
     title = f"{args.shape}, one layer, {args.rows} rows, {args.dtype}, {args.device}, {args.repeats} runs, {args.clock} time"
     print_table(list(HEADERS), cells, title=title, text_columns=(0,))
-    print(f"\n{NOTE}\npeak: {dense.how_peak}.")
+    print(f"\n{NOTE}\npeak: {dense.how_peak}.\n{PLANTED if any('hack' in row.label for row in rows) else ''}\n{_whole_model(args)}")
+
+
+def _whole_model(args: argparse.Namespace) -> str:
+    """What the whole model takes dense, by arithmetic: a cache as published code stores it, and without what costs nothing to leave out."""
+    from accel.evals.cache_cost import GenerationShape, attention_flops, whole, whole_cache_bytes
+    from accel.evals.cache_timing import SHAPES
+    from accel.evals.models import torch_dtype
+
+    found, size = SHAPES[args.shape], torch_dtype(args.dtype).itemsize
+    shape = GenerationShape(found.n_layers, found.n_heads, found.width // found.n_heads, found.schedule.tokens, args.rows)
+    published, plain, least = (
+        whole_cache_bytes(shape, key_bytes=keys, value_bytes=values, has_last_scale=last) / 2**30
+        for keys, values, last in ((4, 2, True), (size, size, True), (size, size, False))
+    )
+    teraflops = attention_flops(shape, whole(shape)) / 1e12
+    return (
+        f"By arithmetic, all {found.n_layers} layers, {args.rows} rows, dense: attention products {teraflops:.2f} TFLOPs; cache {published:.2f} GiB "
+        f"as published (fp32 keys, half-precision values), {plain:.2f} in {args.dtype}, {least:.2f} without the last scale, as dense above stores it."
+    )
 
 
 def _ms(spread: Any) -> str:

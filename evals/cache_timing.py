@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,8 @@ def _predicted(layer: Layer, method: KVCompression | None) -> tuple[float, int]:
     per_entry = 2 * shape.width // shape.n_heads * layer.dtype.itemsize
     if method is None:
         return float(ends[-1]), shape.rows * shape.n_heads * ends[-2] * per_entry
-    info = host_for(layer.model).describe(layer.model)
+    # the shape's own scales, whatever the model draws when it is not told
+    info = replace(host_for(layer.model).describe(layer.model), scale_shapes=schedule.sizes)
     bound = method.bind(info)
     held: dict[tuple[int, ...], int] = {}
     dropped: set[tuple[int, ...]] = set()

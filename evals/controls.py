@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from accel.errors import AccelError, OptionError
@@ -21,6 +22,7 @@ from accel.registry import build, method_class
 # what a control shares with the method it is compared to, apart from the budget
 _SHARED = (
     "block_size", "min_seq_len", "dense_layers", "dense_kernel", "precision", "position_mode", "newline", "min_tokens", "budget_scope",
+    "min_entries", "every", "protect_text",
 )  # fmt: skip
 _BUDGETS: dict[type[Method], str] = {SparseAttention: "density", TokenPruning: "keep", KVCompression: "keep"}
 # by the same kinds, what a control runs at
@@ -90,7 +92,10 @@ def swept(methods: Mapping[str, Sequence[Method]], keeps: Sequence[float | int])
 def describe(method: Method) -> str:
     """The method's name with what it keeps and the options that differ from their defaults."""
     keep = keep_of([method])
-    shown = {**({} if keep is None else {"keep": keep}), **method.changed_options()}
+    # of a file its name: whole paths make labels that no table can hold
+    files = {f.name for f in fields(method) if f.metadata.get("is_path")}
+    changed = {name: Path(value).name if name in files and value else value for name, value in method.changed_options().items()}
+    shown = {**({} if keep is None else {"keep": keep}), **changed}
     return f"{method.method_name()}({', '.join(f'{name}={value}' for name, value in shown.items())})" if shown else method.method_name()
 
 
@@ -157,6 +162,7 @@ def _sees_what_is_asked(method: TokenPruning, keep: float | int, info: ModelInfo
 def _reached(reference: Method, found: SampleRecord) -> float:
     """The share that a method kept of one prompt, never nothing: a control keeps a token, or an entry, at least."""
     if isinstance(reference, KVCompression):
+        # of a decoder, of its bytes; of a next-scale model, of the entries read at the last scale
         kept, whole = (None, 1) if found.cache is None else (found.cache["kept_share"], found.cache["whole"][-1])
     else:
         kept, whole = found.kept_share, found.visual_tokens

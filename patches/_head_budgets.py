@@ -14,7 +14,7 @@ from torch import Tensor
 from accel.errors import OptionError, UnsupportedError
 from accel.patches._cache import CacheBudget, budget, mean_of_pairs, n_tokens
 from accel.patches._head_plan import HeadPlan, make_plan
-from accel.patches._head_profile import HeadProfile, ProfileHeader, Shapes, classify, named, read_header, schedule_mismatch
+from accel.patches._head_profile import DIFFUSE, HeadProfile, ProfileHeader, Shapes, classify, named, read_header, schedule_mismatch, standing_gap
 from accel.patches._options import require, require_flag, require_number
 from accel.protocols import UNLIMITED, CompressionContext, HeadGroup, HeadNumbers, Method, ModelInfo
 
@@ -81,7 +81,28 @@ class HeadBudgets(CacheBudget):
             found.append(f"the heads' profile was measured on {header.model}, not on this model")
         if shapes is not None and shapes != header.scale_shapes:
             found.append(_other_scales(header, shapes))
+        if not header.mismatches(model):
+            found += self._doubts(model, HeadProfile.load(self.profile))
         return "; ".join(found) or None
+
+    def _doubts(self, model: ModelInfo, profile: HeadProfile) -> list[str]:
+        """What speaks against uneven budgets: heads of one kind, contextual heads that attend to nearly everything."""
+        if self.contextual_share == 1:
+            return []
+        measured = profile.sigma[(profile.sigma >= 0).all(1)]
+        fallback = FALLBACK_ALPHA.get(model.family, USUAL_ALPHA)
+        found = []
+        if self.alpha == "auto" and standing_gap(measured.flatten(), profile.window) is None:
+            found.append(
+                f"the heads show no two kinds: the {fallback:.0%} with the lowest σ are taken for contextual; contextual_share=1 treats all alike"
+            )
+        types = classify(profile, alpha=self.alpha, fallback=fallback, has_diffuse_guard=self.diffuse_guard)
+        entropy = [profile.entropy[layer, head] for layer, row in enumerate(types) for head, one in enumerate(row) if one]
+        if n := sum(float(value) > DIFFUSE for value in entropy):
+            found.append(
+                f"{n} of {len(entropy)} contextual heads attend to nearly everything alike and lose most by small budgets; diffuse_guard spares them"
+            )
+        return found
 
     def bind(self, model: ModelInfo) -> Self:
         """The method with its profile, checked against the model."""
@@ -113,11 +134,12 @@ class HeadBudgets(CacheBudget):
             # a prompt counts as two scales, what came before and the window
             window = min(self.n_window(), n_entries)
             shapes = ((1, n_entries - window), (1, window)) if window < n_entries else ((1, n_entries),)
-        if shapes not in self._plans:
+        key = shapes, model.n_layers, model.n_kv_heads
+        if key not in self._plans:
             n_first, types = min(self.n_first(model.scale_shapes), n_tokens(model, n_entries)), self._types(model)
             keep = self.keep if model.scale_shapes is not None else max(self._mean(model, n_entries), min(n_first + 1, n_entries))
-            self._plans[shapes] = make_plan(types, scale_shapes=shapes, n_protected=n_first, keep=keep, share=self.contextual_share)
-        return self._plans[shapes]
+            self._plans[key] = make_plan(types, scale_shapes=shapes, n_protected=n_first, keep=keep, share=self.contextual_share)
+        return self._plans[key]
 
     def _mean(self, model: ModelInfo, n_entries: int) -> int:
         """Entries that a head keeps as a mean."""

@@ -23,8 +23,8 @@ def cache_budgets(scale_use: Tensor, plan: HeadPlan, *, step: int, n_entries: in
     proportion to the attention that later scales give to what exists, to this power; none more than attention reads by the plan, so that it never
     reads more, and what that leaves goes to the others.
     """
-    # (L, H): what all later scales give to this one and those before
-    reliance = scale_use[:, :, step + 1 :, : step + 1].sum((2, 3))
+    # (L, H): what all later scales of this picture give to this one and those before
+    reliance = scale_use[:, :, step + 1 : len(plan.scale_shapes), : step + 1].sum((2, 3))
     places, weights, sizes, limits = [], [], [], []
     for layer in range(len(plan.is_contextual)):
         for number, is_contextual in enumerate((True, False)):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from accel.errors import OptionError
+from accel.patches._head_profile import Shapes
 
 FORMAT = "accel.hack.plan.1"
-Shapes = tuple[tuple[int, int], ...]
 # contextual share where the user names none: below, and from, this share of contextual heads on
 FEW_CONTEXTUAL, SHARE_OF_FEW, SHARE_OF_MANY = 0.65, 1 / 3, 2 / 3
 LEAST_SHARE = 0.1
@@ -90,11 +90,26 @@ class HeadPlan:
             contextual, structural = (tuple(int(n) for n in plain.pop(name)) for name in ("contextual", "structural"))
             shapes = tuple((int(height), int(width)) for height, width in plain.pop("scale_shapes"))
             plan = cls(types, contextual, structural, shapes, **plain)
+            if not types or {len(contextual), len(structural)} != {len(types)}:
+                raise ValueError(f"{len(types)} layers with {len(contextual)} and {len(structural)} budgets")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OptionError(f"hack: {path} holds no plan ({error}); `accel tune hack` writes such files") from error
+            raise OptionError(f"hack: {path} is no plan: {_why(Path(path), error)}. `accel tune hack` writes such files, named plan.json") from error
         if not is_own:
             raise OptionError(f"hack: {path} is of another version, or was changed after it was made; `accel tune hack` makes it anew")
         return plan, found
+
+
+def _why(path: Path, error: Exception) -> str:
+    """Why a file holds no plan, in words: what went wrong while it was read is a library's error."""
+    if not path.is_file():
+        return "it is a folder" if path.is_dir() else "there is no such file"
+    if isinstance(error, OSError):
+        return f"it cannot be read ({error.strerror})"
+    if not isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"it is JSON of something else, or incomplete ({error})"
+    # safetensors begin with the length of their header, which is an object
+    is_safetensors = path.read_bytes()[8:9] == b"{"
+    return "it is a safetensors file; a head profile is given as profile=…" if is_safetensors else "it is no JSON"
 
 
 def make_plan(
@@ -159,14 +174,15 @@ def _spend(left: int, total: int, *types: tuple[list[int], list[int]]) -> None:
 
 
 def _require_room(plan: HeadPlan) -> None:
-    for label, budgets, is_type, least in (
-        ("contextual", plan.contextual, True, 1), ("structural", plan.structural, False, min(plan.total, plan.n_protected + 1)),
-    ):  # fmt: skip
+    n_first = min(plan.total, plan.n_protected + 1)
+    for label, budgets, is_type, least in (("contextual", plan.contextual, True, 1), ("structural", plan.structural, False, n_first)):
         found = [budget for layer, budget in enumerate(budgets) if plan.heads(layer, contextual=is_type)]
         if found and min(found) < least:
+            first = f", all {least} tokens" if plan.n_protected >= least else f", the first {plan.n_protected} tokens and one more"
+            more = "" if least == 1 else first
             raise OptionError(
-                f"hack: keep={plan.keep!r} of {plan.total} tokens gives {label} heads {min(found)} entries each, and they need {least} at least"
-                f"{f', the first {plan.n_protected} tokens and one more' if least > 1 else ''}; keep more"
+                f"hack: keep={plan.keep!r} of {plan.total} tokens gives {label} heads {min(found)} entries each, and they need {least} at "
+                f"least{more}; keep more"
             )
 
 

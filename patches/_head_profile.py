@@ -15,10 +15,11 @@ from accel.errors import OptionError
 from accel.protocols import ModelInfo
 
 FORMAT = "accel.hack.profile.1"
-# where the border between the two kinds of heads is looked for, as shares of all heads
-WINDOW = (0.5, 0.85)
-# a gap of log σ this many times as wide as usual is a border
-WIDE = 3.0
+# where the border between the two kinds of heads is looked for, as shares of all heads; decoders show it lower (SmolLM2: 38 % in front of it)
+WINDOW, DECODER_WINDOW = (0.5, 0.85), (0.25, 0.85)
+# how rarely the widest gap of heads that are all of one kind is taken for a border: the widest of m like gaps, which are about exponential, is
+# ln m times as wide as their mean, and four times the mean wider in one case of fifty; gaps grow towards the end, which makes it one of twenty
+RARE = 4.0
 DIFFUSE = 0.9
 # log σ of a head that does not move at all
 SMALLEST = 1e-12
@@ -89,6 +90,11 @@ class HeadProfile:
     sigma_unconditional: Tensor | None = None
     mass: Tensor | None = None
 
+    @property
+    def window(self) -> tuple[float, float]:
+        """Where the border between the two kinds of heads is looked for, as shares of all heads."""
+        return WINDOW if self.header.scale_shapes else DECODER_WINDOW
+
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file."""
         from safetensors.torch import save_file
@@ -120,14 +126,35 @@ def read_header(path: str | Path) -> ProfileHeader:
     """What a file says of its profile. OptionError for anything else than such a file."""
     from safetensors import SafetensorError, safe_open
 
+    path = Path(path)
+    if not path.is_file():
+        raise _no_profile(path, "it is a folder" if path.is_dir() else "there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
-        if found.get("format") != FORMAT:
-            raise OptionError(f"hack: {path} holds no head profile of this version ({FORMAT}), but {found.get('format', 'something else')!r}")
+    except OSError as error:
+        raise _no_profile(path, f"it cannot be read ({error.strerror or error})") from error
+    except SafetensorError as error:
+        raise _no_profile(path, _other_kind(path)) from error
+    if (made := found.get("format")) != FORMAT:
+        raise _no_profile(path, f"it holds {made!r}, and this version reads {FORMAT!r}" if made else "it holds tensors of something else")
+    try:
         return ProfileHeader.from_metadata(found)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise OptionError(f"hack: cannot read a head profile from {path}: {error}. `accel tune hack` writes such files") from error
+    except (KeyError, ValueError) as error:
+        raise _no_profile(path, f"its header is incomplete or damaged ({error})") from error
+
+
+def _no_profile(path: Path, why: str) -> OptionError:
+    return OptionError(f"hack: {path} is no head profile: {why}. `accel tune hack` writes such files, named profile.safetensors")
+
+
+def _other_kind(path: Path) -> str:
+    """What a file that is not safetensors looks like."""
+    with path.open("rb") as file:
+        start = file.read(256)
+    if b'"fingerprint"' in start:
+        return "it is a plan, which is given as plan=…"
+    return "it is no safetensors file, or a damaged one"
 
 
 def schedule_mismatch(calibrated: Shapes, asked: Shapes) -> str | None:
@@ -141,13 +168,14 @@ def schedule_mismatch(calibrated: Shapes, asked: Shapes) -> str | None:
 def classify(profile: HeadProfile, *, alpha: float | Literal["auto"], fallback: float, has_diffuse_guard: bool = False) -> list[list[bool]]:
     """(L, H): the heads that are contextual: those with the lowest σ of all layers together. Layers that were not measured have no heads here.
 
-    alpha: their share, of which the number is rounded up. "auto": the widest gap of log σ between a half and 85 % of the heads, where one stands
-    out; else `fallback`. has_diffuse_guard: heads that attend to nearly everything alike, whose σ is low too, stay structural.
+    alpha: their share, of which the number is rounded up. "auto": the widest gap of log σ between a half (in decoders a quarter) and 85 % of the
+    heads, where one stands out; else `fallback`. has_diffuse_guard: heads that attend to nearly everything alike, whose σ is low too, stay
+    structural.
     """
     is_measured = (profile.sigma >= 0).all(1)
     flat = profile.sigma[is_measured].double().flatten()
     n = len(flat)
-    count = automatic_count(flat, fallback) if alpha == "auto" else math.ceil(alpha * n - 1e-9)
+    count = automatic_count(flat, fallback, profile.window) if alpha == "auto" else math.ceil(alpha * n - 1e-9)
     types = torch.zeros(n, dtype=torch.bool)
     types[flat.argsort(stable=True)[:count]] = True
     if has_diffuse_guard:
@@ -156,19 +184,29 @@ def classify(profile: HeadProfile, *, alpha: float | Literal["auto"], fallback: 
     return [next(rows) if one else [] for one in is_measured.tolist()]
 
 
-def automatic_count(sigma: Tensor, fallback: float) -> int:
+def automatic_count(sigma: Tensor, fallback: float, window: tuple[float, float] = WINDOW) -> int:
     """How many of the lowest σ (n,) lie below the gap that stands out; `fallback` as a share where none does."""
+    found = standing_gap(sigma, window)
+    return math.ceil(fallback * len(sigma) - 1e-9) if found is None else found
+
+
+def standing_gap(sigma: Tensor, window: tuple[float, float] = WINDOW) -> int | None:
+    """How many of the lowest σ (n,) lie below the widest gap of log σ between these shares of the heads; None where it is none to speak of.
+
+    Wide is what the widest of so many gaps would be in one case of twenty if all heads were of one kind, measured by their median. Three times the
+    median, as in kv-compression.md §2.3, is less than what one kind shows nearly always where heads are many.
+    """
     n = len(sigma)
-    logs = sigma.clamp_min(SMALLEST).log().sort().values
-    gaps = logs.diff()
+    gaps = sigma.clamp_min(SMALLEST).log().sort().values.diff()
     # the gap behind the first r heads makes a share of r / n
-    ranks = [r for r in range(1, n) if WINDOW[0] * n <= r <= WINDOW[1] * n]
-    if ranks:
-        inside = gaps[ranks[0] - 1 : ranks[-1]]
-        widest = int(inside.argmax())
-        if float(inside[widest]) > WIDE * float(inside.median()):
-            return ranks[widest]
-    return math.ceil(fallback * n - 1e-9)
+    ranks = [r for r in range(1, n) if window[0] * n <= r <= window[1] * n]
+    if not ranks:
+        return None
+    inside = gaps[ranks[0] - 1 : ranks[-1]]
+    widest = int(inside.argmax())
+    # the median of exponential gaps is ln 2 of their mean
+    usual = float(inside.median()) / math.log(2)
+    return ranks[widest] if float(inside[widest]) > (math.log(len(inside)) + RARE) * usual else None
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:

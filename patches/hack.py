@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from accel.errors import UnsupportedError
+from accel.errors import OptionError, UnsupportedError
 from accel.patches._cache import attention_received, budget, largest, mean_of_pairs, n_tokens, newest, scales_needed
 from accel.patches._head_budgets import CONTEXTUAL, STRUCTURAL, HeadBudgets
 from accel.patches._head_decoupled import cache_budgets, prior_scores
@@ -43,9 +43,11 @@ class HACK(HeadBudgets):
     selectors, protect: for ablations: both kinds choose the "contextual" way, the "structural" one, or "swapped"; structural heads protect nothing.
     mode: "decoupled" is HACK++: `keep` bounds what attention reads, `cache_keep` (None: a third of it) what stays, divided among layers, kinds and
         scales by how much later scales rely on it to the power of `reliance_power`; structural heads choose without a product. It needs a profile.
+        What was dropped cannot be read again, so that attention may find less than `keep`.
     """
 
-    needs_training: ClassVar[str | None] = None
+    # for `accel ls`: `notice` says what a user of this very model must know
+    needs_training: ClassVar[str | None] = "with profile=FILE: `accel tune hack --model … --data …` measures the heads; without one all are alike"
 
     keep: float | int = 0.3
     plan: str | None = field(default=None, metadata={"is_path": True})
@@ -80,6 +82,8 @@ class HACK(HeadBudgets):
         require_choice(self, "mode", ("coupled", "decoupled"))
         self._check_decoupled()
         if self.plan is not None:
+            why = "a plan holds types and budgets that were made of a profile already; give one or the other"
+            require(self, self.profile is None, f"both plan={self.plan!r} and profile={self.profile!r} were given, and {why}")
             given = [name for name in ("alpha", "contextual_share") if getattr(self, name) != "auto"]
             given += ["n_protected"] * (self.n_protected is not None) + ["diffuse_guard"] * self.diffuse_guard
             require(self, not given, f"a plan holds types and budgets already, so {', '.join(given)} would change nothing; give one or the other")
@@ -90,7 +94,7 @@ class HACK(HeadBudgets):
             require(self, self.cache_keep is None, "cache_keep belongs to mode='decoupled'; in the coupled one attention reads what stays")
             require(self, self.reliance_power == 1, "reliance_power belongs to mode='decoupled'; in the coupled one it would change nothing")
             return
-        of_coupled = ("middle_share", "recent_policy", "renorm_keys", "selectors")
+        of_coupled = ("middle_share", "recent_policy", "renorm_keys", "selectors", "protect", "n_protected")
         given = [name for name in of_coupled if name in self.changed_options()] + ["merge"] * (self.merge == "normalised")
         require(self, not given, f"mode='decoupled' chooses and drops in its own way, so {', '.join(given)} would change nothing; leave it out")
         require(self, self.plan is None, "mode='decoupled' needs a profile, not a plan: its budgets change from scale to scale")
@@ -123,12 +127,21 @@ class HACK(HeadBudgets):
         if self.plan is None and (of_profile := super().notice(model)) is not None:
             found.append(of_profile)
         has_protection = self.mode == "coupled" and self.protect and self.selectors in ("own", STRUCTURAL)
-        if shapes is not None and has_protection and (plan := self.bind(model).plan_for(model)).truncates_newest:
+        plan = self._usual_plan(model) if shapes is not None and has_protection else None
+        if plan is not None and plan.truncates_newest:
             found.append(
                 f"structural heads keep {min(plan.structural)} entries, too few for the first {plan.n_protected} and the {plan.n_newest} of the last "
                 "scale: they keep a part of those too"
             )
         return "; ".join(found) or None
+
+    def _usual_plan(self, model: ModelInfo) -> HeadPlan | None:
+        """The plan of the model's usual scales; None where the method is not for those, which the host tells when it comes to them."""
+        bound = self.bind(model)
+        try:
+            return bound.plan_for(model)
+        except UnsupportedError:
+            return None
 
     def bind(self, model: ModelInfo) -> Self:
         """The method with its profile or plan, checked against the model."""
@@ -166,6 +179,8 @@ class HACK(HeadBudgets):
     def plan_for(self, model: ModelInfo, n_entries: int = 0) -> HeadPlan:
         """Types and budgets; of a bound method, which knows its heads. UnsupportedError for scales that profile or plan are not of."""
         shapes = model.scale_shapes
+        if self.plan is not None and None not in self._plans:
+            raise OptionError("hack: this method was not bound to a model, so its plan is not loaded; bind(model) gives one that is")
         if None in self._plans:
             plan = self._plans[None]
             if plan.scale_shapes != shapes:
@@ -258,7 +273,7 @@ class HACK(HeadBudgets):
     def _n_read(self, ctx: CompressionContext, group: HeadGroup) -> int:
         """How many entries attention reads of each of these heads."""
         assert ctx.scale_shapes is not None
-        plan = self._plans[ctx.scale_shapes]
+        plan = next(plan for key, plan in self._plans.items() if key is not None and key[0] == ctx.scale_shapes)
         return (plan.contextual if group.label == CONTEXTUAL else plan.structural)[ctx.layer]
 
     def _n_first(self, ctx: CompressionContext) -> int:

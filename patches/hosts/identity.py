@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# values of a parameter whose signs count
+N_SIGNS = 256
+
+
 def unwrapped(model: Any) -> Any:
     """The transformers model inside PEFT's wrapper, or the model itself."""
     peft = sys.modules.get("peft")
@@ -40,12 +44,14 @@ def is_next_scale(base: Any) -> bool:
 
 
 def fingerprint(model: nn.Module, family: str | None = None) -> str:
-    """Hash of the kind of model (`family`, else the configuration's) and of a few values of every parameter: quick, and tells weights apart.
+    """Hash of the kind of model (`family`, else the configuration's), and of names, shapes and signs of values spread over every parameter.
 
-    Values count in bf16 and the configuration not at all, which names the dtype and the version of transformers: the same weights give the same
-    hash in fp32, in bf16, and, but for weights with more digits than fp16 has, in fp16.
+    The configuration, which names the dtype and the version of transformers, does not count, and signs are what every floating type keeps: the same
+    weights give the same hash in fp32, bf16 and fp16. Training turns signs over, of many small values; weights that differ in size alone are not told
+    apart.
     """
     digest = hashlib.sha256((family or str(model.config.model_type)).encode())  # type: ignore[union-attr]
     for name, p in model.named_parameters():
-        digest.update(f"{name}{tuple(p.shape)}{p.detach().flatten()[:8].bfloat16().tolist()}".encode())
+        step = max(1, p.numel() // N_SIGNS)
+        digest.update(f"{name}{tuple(p.shape)}".encode() + bytes(p.detach().flatten()[::step].signbit().tolist()))
     return digest.hexdigest()[:16]

@@ -81,6 +81,29 @@ def test_what_a_plan_says_already_cannot_be_said_again(options: dict[str, Any]) 
         HACK(plan="plan.json", **options)
 
 
+def test_a_plan_and_a_profile_are_not_given_together() -> None:
+    with pytest.raises(OptionError, match=r"both plan='plan.json' and profile='p.safetensors' were given.*give one or the other"):
+        HACK(plan="plan.json", profile="p.safetensors")
+
+
+def test_a_file_of_the_wrong_kind_says_which_kind_it_is(tmp_path: Path) -> None:
+    profile = saved(tmp_path, ROWS)
+    plan = str(HACK(keep=12).plan_for(INFO).save(tmp_path / "plan.json", about={}))
+    (tmp_path / "text").write_text("a text, longer than a header's length")
+    for options, message in (
+        ({"profile": plan}, "is no head profile: it is a plan, which is given as plan="),
+        ({"profile": str(tmp_path)}, "is no head profile: it is a folder"),
+        ({"profile": str(tmp_path / "text")}, "is no head profile: it is no safetensors file"),
+        ({"profile": str(tmp_path / "gone")}, "is no head profile: there is no such file"),
+        ({"plan": profile, "keep": 12}, "is no plan: it is a safetensors file; a head profile is given as profile="),
+        ({"plan": str(tmp_path), "keep": 12}, "is no plan: it is a folder"),
+        ({"plan": str(tmp_path / "text"), "keep": 12}, "is no plan: it is no JSON"),
+        ({"plan": str(tmp_path / "gone"), "keep": 12}, "is no plan: there is no such file"),
+    ):  # fmt: skip
+        with pytest.raises(OptionError, match=message):
+            accel.apply(tiny_var(), HACK(**options))    # type: ignore[arg-type]
+
+
 # --- without a profile --------------------------------------------------------------------------------------------------------
 
 
@@ -186,7 +209,7 @@ def test_what_cannot_work_at_all_is_refused(tmp_path: Path) -> None:
     assert "accel tune hack" in reason
     (tmp_path / "text.safetensors").write_text("no")
     for name in ("text.safetensors", "gone.safetensors"):
-        with pytest.raises(OptionError, match="cannot read a head profile"):
+        with pytest.raises(OptionError, match="is no head profile"):
             accel.apply(tiny_var(), "hack", profile=str(tmp_path / name))
     with pytest.raises(OptionError, match="was not bound"):
         HACK(profile=saved(tmp_path, ROWS)).plan_for(INFO)
@@ -217,9 +240,10 @@ def test_a_picture_of_other_scales_is_refused_while_it_is_drawn(tmp_path: Path) 
     model: Any = tiny_infinity()
     info = replace(info_of(model), scale_shapes=SHAPES)
     method = HACK(profile=saved(tmp_path, ROWS, info), keep=0.8, allow_other_model=True)
-    # the usual scales of the model are others, and so it is refused at once
-    with pytest.raises(UnsupportedError, match="does not fit these scales"):
-        accel.apply(model, method)
+    # the usual scales of the model are others: pictures of those are refused, and the user is told
+    with accel.apply(model, method) as handle:
+        assert any("will not draw with the default scales" in notice for notice in handle.notices)
+        model.generate_codes([torch.ones(3, 24)], seed=0, schedule=[1, 2, 3, 4])
     usual = info_of(model)
     with accel.apply(model, HACK(profile=saved(tmp_path, ROWS, usual), keep=0.8)) as handle:
         with pytest.raises(UnsupportedError, match="does not fit these scales"):

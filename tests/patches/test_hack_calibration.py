@@ -205,6 +205,16 @@ def test_mistakes_are_told_before_anything_is_drawn(options: dict[str, Any], mes
     assert not (tmp_path / "run").exists()
 
 
+def test_calibration_draws_no_picture_of_the_task_images() -> None:
+    from accel.evals.tasks import load_task
+
+    task: Any = load_task("images")
+    for seed in (0, 1):
+        drawn = {FIRST_SEED + seed * STRIDE + i for i in range(50)}
+        judged = {sample.picture_seed for other in (0, 1, 2) for sample in task.samples(10_000, other)}
+        assert not drawn & judged
+
+
 def test_models_that_cannot_be_measured_are_refused(infinity: Any, tmp_path: Path) -> None:
     from tiny_llama import tiny_model
 

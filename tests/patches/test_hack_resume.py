@@ -71,7 +71,7 @@ def test_what_was_begun_otherwise_is_not_continued(change: str, interrupted: byt
     options: dict[str, Any] = {"seed": {"seed": 1}, "samples": {"n_samples": 4}}.get(change, {})
     if change == "weights":
         with torch.no_grad():
-            model.blocks[1].attn.qkv.weight.mul_(1.5)
+            model.blocks[1].attn.qkv.weight.mul_(-1.5)
     found = drawing(model.to(torch.float64) if change == "dtype" else model, drawn)
     with pytest.raises(OptionError, match="holds a profile begun otherwise"):
         calibrate(replace(found, name="other") if change == "name" else found, tmp_path, **options)

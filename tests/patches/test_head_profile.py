@@ -23,6 +23,7 @@ from accel.patches._head_profile import (
     rank_correlation,
     read_header,
     schedule_mismatch,
+    standing_gap,
 )
 from accel.protocols import CompressionContext, HeadGroup
 
@@ -221,9 +222,20 @@ def test_the_widest_gap_between_a_half_and_85_percent_is_the_border(n_low: int, 
     assert automatic_count(gapped(n_low), 0.7) == expected
 
 
-@pytest.mark.parametrize("factor, expected", [(math.exp(0.31), 12), (math.exp(0.29), 10)], ids=["above", "below"])
-def test_a_gap_counts_from_three_times_the_usual_one_on(factor: float, expected: int) -> None:
+# eight gaps lie inside: (ln 8 + 4) / ln 2 = 8.77 times the usual 0.1
+@pytest.mark.parametrize("factor, expected", [(math.exp(0.89), 12), (math.exp(0.86), 10)], ids=["above", "below"])
+def test_a_gap_counts_where_one_kind_of_heads_would_rarely_show_it(factor: float, expected: int) -> None:
     assert automatic_count(gapped(12, factor=factor), 0.5) == expected
+
+
+@pytest.mark.parametrize("n", [24, 256, 900])
+def test_heads_of_one_kind_are_rarely_taken_for_two(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    found = [standing_gap(torch.randn(n, generator=generator, dtype=torch.float64).exp()) for _ in range(400)]
+    assert sum(border is not None for border in found) < 0.09 * 400
+    # two kinds a factor of twenty apart are seen
+    two = torch.cat([torch.randn(n // 3 * 2, generator=generator).mul(0.2).exp(), 20 * torch.randn(n // 3, generator=generator).mul(0.2).exp()])
+    assert standing_gap(two.double()) == n // 3 * 2
 
 
 def test_the_widest_of_two_gaps_counts() -> None:

@@ -140,7 +140,7 @@ class CompressedCache(ScaleCache):
         held.n_seen = end
         groups = self._groups(layer, held, n_heads=k.shape[1])
         chosen = [
-            self._choose(layer, group, held, number, *(self._of_heads(t, group.heads) for t in (k, v, q)))
+            self._choose(layer, group, held, number, self._of_heads(k, group.heads), self._of_heads(v, group.heads), q)
             for number, group in enumerate(groups)
         ]
         out = self._attention(q, chosen)
@@ -183,7 +183,7 @@ class CompressedCache(ScaleCache):
             kept = replace(kept, mass=_mass_of_kept(one.every.mass, one.retain, received))
         if not (self._is_asked("after_prefill") or self._is_asked("every_n_steps")):
             return kept
-        retain = self._answer(layer, one.group, held, kept, self._of_heads(q, one.group.heads))
+        retain = self._answer(layer, one.group, held, kept, q)
         if retain is None:
             return kept
         if retain.attend_index is not None:
@@ -206,7 +206,7 @@ class CompressedCache(ScaleCache):
         is_full = len(every) > group.budget
         if not is_full and not self._needs.every_step:
             return None
-        position = every.positions()
+        queries, position = self._of_heads(queries, group.heads), every.positions()
         ctx = CompressionContext(
             layer=layer, step=self.scale, q=queries, k=every.k, v=every.v, scale=self.softmax_scale, position=position, valid=every.validity(),
             q_position=torch.arange(held.n_seen - queries.shape[2], held.n_seen, device=queries.device).expand(queries.shape[0], -1),

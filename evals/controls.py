@@ -41,12 +41,14 @@ class Control:
     """label: its name in tables. name: of the method. references: labels that it is compared to; the budget is that of the first.
 
     keep: a share as a float or a count as an int; None for the share, or the density, that the first reference reached on the same prompt.
+    by_cache: of an image model's cache, as many entries as the reference stored at most between two scales, not as many as it read at the last.
     """
 
     label: str
     name: str
     references: tuple[str, ...]
     keep: float | int | None = None
+    by_cache: bool = False
 
 
 def plan_controls(names: Sequence[str], methods: Mapping[str, Sequence[Method]], info: ModelInfo | None = None) -> list[Control]:
@@ -109,6 +111,8 @@ def build_control(control: Control, methods: Sequence[Method], found: SampleReco
         # where the reference ran dense throughout, so does its control; whatever length its crossover names, a control of a sparse run runs sparse
         dense: dict[str, Any] = {"density": 1.0}
         return build(control.name, {**options, **(dense if found.density is None else {"density": found.density, "min_seq_len": 0})})
+    if control.by_cache and found.cache is not None:
+        return build(control.name, {**options, "keep": max(2, round(max(found.cache["retained"])))})
     # a prompt that the reference left whole is no budget to be beaten at
     is_reached = control.keep is None or (isinstance(reference, TokenPruning) and found.kept_share is None and bool(found.not_pruned))
     return build(control.name, {**options, "keep": _reached(reference, found) if is_reached else control.keep})
@@ -122,19 +126,42 @@ def _plan(name: str, methods: Mapping[str, Sequence[Method]], info: ModelInfo | 
     if _BUDGETS[kind] == "density":
         return [Control(f"{name} (same density)", name, (next(iter(beside)),))]
     groups: dict[tuple[str, float | int | None], list[str]] = {}
+    stored = []
     for label, reference in beside.items():
+        if info is not None and isinstance(reference, KVCompression) and not _stores_what_it_reads(reference, info):
+            stored.append(Control(f"{name} (cache of {label})", name, (label,), by_cache=True))
         keep = keep_of([m for m in methods[label] if isinstance(m, kind)])
         if keep is not None and info is not None and isinstance(reference, TokenPruning) and not _sees_what_is_asked(reference, keep, info):
             keep = None
         budget = f"share kept by {label}" if keep is None else f"keep {keep}"
         shared = [f"{key} {value}" for key, value in _shared(name, reference).items() if value != _default(name, key)]
         groups.setdefault((f"{name} ({', '.join([budget, *shared])})", keep), []).append(label)
-    return [Control(label, name, tuple(references), keep) for (label, keep), references in groups.items()]
+    return [*(Control(label, name, tuple(references), keep) for (label, keep), references in groups.items()), *stored]
 
 
 def _reference(name: str, methods: Sequence[Method]) -> Method | None:
     """The first of the methods that this control can be compared to: of its kind, and not the same."""
     return next((m for m in methods if isinstance(m, _kind(name)) and m.method_name() != name), None)
+
+
+def _stores_what_it_reads(method: KVCompression, info: ModelInfo) -> bool:
+    """Whether a cache that is as large takes as much memory: heads of a next-scale model that are given much store less, having no more to store."""
+    if info.scale_shapes is None or len(info.scale_shapes) < 2:
+        return True
+    sizes = [height * width for height, width in info.scale_shapes]
+    try:
+        bound = method.bind(info)
+        stored, read = (
+            sum(min(end, group.budget) * len(group.heads) for layer in range(info.n_layers) for group in bound.groups(
+                info, layer, step=step, n_entries=end))
+            for step, end in ((len(sizes) - 2, sum(sizes[:-1])), (len(sizes) - 1, sum(sizes)))
+        )  # fmt: skip
+    except AccelError:
+        # it does not run on this model at all, and says so when it is applied
+        return True
+    mean = read / (info.n_layers * info.n_kv_heads)
+    even = min(mean, sum(sizes[:-1])) * info.n_layers * info.n_kv_heads
+    return abs(stored - even) <= _ROUNDING * even
 
 
 def _sees_what_is_asked(method: TokenPruning, keep: float | int, info: ModelInfo) -> bool:

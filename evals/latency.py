@@ -7,22 +7,23 @@ never sold as sparsity (smollm2-baseline.md §4).
 
 from __future__ import annotations
 
+import copy
 import gc
-import inspect
 import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import accel
-from accel.errors import OptionError, UnsupportedError
+from accel.errors import OptionError
 from accel.evals.memory import track_peak
+from accel.evals.prompt_cache import cache_argument, filled_cache, last_logits_only
 from accel.protocols import KVCompression, Method
 from accel.registry import build
 
@@ -114,11 +115,11 @@ def measure_ttft(
     budget_s: no further round begins once this is used up; one round always runs, and each row says how many did.
     """
 
-    def one_pass(methods: Sequence[Method]) -> Pass:
-        return timed_pass(model, methods, lambda: _prefill(model, input_ids))
+    def begin(label: str, methods: Sequence[Method]) -> Callable[[], Pass]:
+        return lambda: timed_pass(model, methods, lambda: _prefill(model, input_ids))
 
     rounds = _Rounds(repeats, warmup, budget_s, progress)
-    return _measure("ttft_ms", model, variants, one_pass, tokens=input_ids.shape[1], rounds=rounds)
+    return _measure("ttft_ms", model, variants, begin, tokens=input_ids.shape[1], rounds=rounds)
 
 
 def measure_decode(
@@ -134,36 +135,49 @@ def measure_decode(
 ) -> list[LatencyRow]:
     """Time per output token of each variant while the cache grows to `input_ids.shape[1]` over the last `steps` tokens, fed one by one.
 
-    The model's own attention fills the cache once, before any timing; every variant then starts from that same cache. Methods that
-    change what the cache holds would therefore not be measured, and are refused.
+    The model's own attention fills the cache once, before any timing; every variant then starts from that same cache, those that drop cache entries
+    from what they left of it themselves.
     """
     n_filled = input_ids.shape[1] - steps
     if n_filled < 1:
         raise OptionError(f"decode over {steps} steps needs more than {steps} tokens, got {input_ids.shape[1]}")
-    refused = [f"{label} compresses its cache" for label, methods in variants.items() if any(isinstance(m, KVCompression) for m in methods)]
-    if refused:
-        raise UnsupportedError("decode is timed on a cache that plain prefill filled", refused)
-    from transformers import DynamicCache
+    with torch.no_grad(), quiet_notices():
+        stock = filled_cache(model, input_ids[:, :n_filled], [])
+        own = {
+            label: filled_cache(model, input_ids[:, :n_filled], methods)
+            for label, methods in variants.items()
+            if any(isinstance(m, KVCompression) for m in methods)
+        }
 
-    cache = DynamicCache(config=model.config)
-    with_cache = {_cache_argument(model): cache, "use_cache": True}
-    with torch.no_grad():
-        model(input_ids=input_ids[:, :n_filled], **with_cache, **last_logits_only(model))
-
-    def decode() -> None:
+    def decode(cache: Any) -> None:
         for i in range(n_filled, input_ids.shape[1]):
-            out = model(input_ids=input_ids[:, i : i + 1], **with_cache)
+            out = model(input_ids=input_ids[:, i : i + 1], use_cache=True, **{cache_argument(model): cache})
             out.logits[:, -1].argmax(-1).tolist()
 
-    def one_pass(methods: Sequence[Method]) -> Pass:
-        try:
-            return timed_pass(model, methods, decode, units=steps)
-        finally:
-            if surplus := cache.get_seq_length() - n_filled:
-                cache.crop(-surplus)
+    def begin(label: str, methods: Sequence[Method]) -> Callable[[], Pass]:
+        # what has lost entries cannot be cut back; the copy lies outside the clock
+        cache = copy.deepcopy(own[label]) if label in own else stock
+
+        def one_pass() -> Pass:
+            try:
+                return timed_pass(model, methods, lambda: decode(cache), units=steps)
+            finally:
+                if label not in own and (surplus := cache.get_seq_length() - n_filled):
+                    cache.crop(-surplus)
+
+        return one_pass
 
     rounds = _Rounds(repeats, warmup, budget_s, progress)
-    return _measure("tpot_ms", model, variants, one_pass, tokens=input_ids.shape[1], rounds=rounds)
+    rows = _measure("tpot_ms", model, variants, begin, tokens=input_ids.shape[1], rounds=rounds)
+    return [replace(row, note=row.note or _evictions(variants[row.label], steps)) if row.label in own else row for row in rows]
+
+
+def _evictions(methods: Sequence[Method], steps: int) -> str:
+    """How often the cache lost entries while it was timed; a reader must know whether that is in the time."""
+    every = [when.every for m in methods if isinstance(m, KVCompression) for when in m.when if when.moment == "every_n_steps" and when.every]
+    if not every:
+        return ""
+    return f"no eviction in {steps} steps, one comes every {min(every)}" if steps < min(every) else f"evicts every {min(every)} steps"
 
 
 def rows_from_passes(
@@ -213,12 +227,6 @@ def describe_method(method: Method) -> str:
     return f"{method.method_name()}({options})" if options else method.method_name()
 
 
-def last_logits_only(model: Any) -> dict[str, int]:
-    """The argument with which the model computes the logits of the last token alone; empty where it has none."""
-    # asked of the class: a patched or wrapped forward may hide its arguments
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(type(model).forward).parameters else {}
-
-
 def memory_note(model: Any) -> str:
     """How peak memory is measured on this model's device, in one line."""
     with track_peak(_device(model)) as peak:
@@ -266,8 +274,9 @@ class _Rounds:
 
 
 def _measure(
-    metric: str, model: Any, variants: Variants, one_pass: Callable[[Sequence[Method]], Pass], *, tokens: int, rounds: _Rounds
+    metric: str, model: Any, variants: Variants, begin: Callable[[str, Sequence[Method]], Callable[[], Pass]], *, tokens: int, rounds: _Rounds
 ) -> list[LatencyRow]:
+    """begin(label, methods) → one pass, made ready outside the clock and the watch on memory."""
     base = baselines(model)
     if clash := set(base) & set(variants):
         raise OptionError(f"the labels {', '.join(sorted(clash))} belong to the dense baselines, which every run holds")
@@ -284,12 +293,13 @@ def _measure(
             for label, methods in everything.items():
                 if rounds.progress:
                     rounds.progress(f"{label}, {tokens} tokens")
+                one_pass = begin(label, methods)
                 if i_round < rounds.warmup:
                     with track_peak(_device(model)) as peak:
-                        one_pass(methods)
+                        one_pass()
                     peaks[label] = max(peaks.get(label) or 0, peak.peak_bytes or 0)
                 else:
-                    passes[label].append(one_pass(methods))
+                    passes[label].append(one_pass())
     return rows_from_passes(metric, tokens, everything, list(base), passes, peaks)
 
 
@@ -305,11 +315,6 @@ def _prefill(model: Any, input_ids: Tensor) -> None:
     out = model(input_ids=input_ids, use_cache=True, **last_logits_only(model))
     # the token itself, on the host: that is when a user sees it
     out.logits[:, -1].argmax(-1).tolist()
-
-
-def _cache_argument(model: Any) -> str:
-    """transformers 5.24 renamed the argument."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _device(model: Any) -> torch.device:

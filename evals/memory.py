@@ -79,6 +79,16 @@ def _sampled_peak() -> Iterator[PeakMemory]:
     peak.peak_bytes = max(highest, resident_bytes()) - before
 
 
+def bytes_now(device: torch.device) -> int:
+    """Bytes in use. CUDA: what tensors take; CPU: resident memory of the process, freed memory handed back first."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device)
+    _return_freed_memory()
+    return resident_bytes()
+
+
 def resident_bytes() -> int:
     """Resident memory of this process; where /proc is missing, its highest value so far."""
     statm = Path("/proc/self/statm")

@@ -23,6 +23,9 @@ TILE_RGB = (31, 131, 214)
 _INK = "#010203"
 
 
+_TENTHS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+
+
 def colour_by_label(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """A colour per label, the same in every figure of a report: grey for dense baselines, the palette for the rest, in order."""
     baselines = list(dict.fromkeys(r["label"] for r in rows if r.get("is_baseline")))
@@ -83,11 +86,12 @@ def accuracy_keep_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, 
 
 def keep_plot(
     rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, x_label: str, y_label: str, y_limits: tuple[float, float | None] = (0, None),
-    width: float = 8.6,
+    width: float = 8.6, is_measured: bool = False,
 ) -> str:  # fmt: skip
     """SVG of a figure against a share (logarithmic), a line per series with standard errors.
 
-    rows: series, share, score, stderr, is_baseline; a baseline is drawn across the whole width.
+    rows: series, share, score, stderr, is_baseline; a baseline is drawn across the whole width. is_measured: shares are what was found, not what was
+    asked for: each point stands at its own, between ordinary ticks.
     """
     # long names stand below each other
     n_columns = 1 if max(map(len, colours)) > 40 else max(1, int(width / 2.4))
@@ -101,13 +105,15 @@ def keep_plot(
             elif mine:
                 errors = [r["stderr"] or 0.0 for r in mine]
                 # a little apart, so that series of the same score do not hide each other
-                places = [r["share"] * 1.015 ** (number - len(colours) / 2) for r in mine]
+                apart = 1.0 if is_measured else 1.015 ** (number - len(colours) / 2)
+                places = [r["share"] * apart for r in mine]
                 axes.errorbar(places, [r["score"] for r in mine], yerr=errors, label=_short_floats(series), color=colour, marker="o",
                               markersize=5, linewidth=1.8, capsize=3, elinewidth=1)  # fmt: skip
-        shares = _apart(sorted({r["share"] for r in rows if not r["is_baseline"]}))
+        found = sorted({r["share"] for r in rows if not r["is_baseline"]})
+        shares = [share for share in _TENTHS if found[0] / 1.25 <= share <= found[-1] * 1.25] if is_measured else _apart(found)
         axes.set_xscale("log")
         # a single budget gives the axis no extent
-        axes.set_xlim(min(shares) / 1.25, max(r["share"] for r in rows if not r["is_baseline"]) * 1.25)
+        axes.set_xlim(found[0] / 1.25, found[-1] * 1.25)
         axes.set_xticks(shares, [f"{100 * share:.3g} %" for share in shares])
         axes.minorticks_off()
         axes.set_ylim(*y_limits)
@@ -128,7 +134,7 @@ def entries_plot(lines: Sequence[Mapping[str, Any]], *, width: float = 8.6) -> s
         axes.set_xticks(range(1, max(len(line["entries"]) for line in lines) + 1))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("scale, from coarse to fine")
-        axes.set_ylabel("entries per head that attention reads")
+        axes.set_ylabel("entries per head")
         figure.legend(loc="outside lower left", frameon=False, fontsize=8)
         return _svg(figure)
 
@@ -151,6 +157,8 @@ def heads_plot(numbers: Mapping[str, Any]) -> str:
         else:
             axes.set_ylim(bottom=0)
         _layer_axis(axes, len(values))
+        axes.set_xlabel("layer, its heads side by side")
+        axes.set_ylabel(numbers["title"])
         figure.legend(loc="outside lower left", frameon=False, ncols=len(names), fontsize=8)
         return _svg(figure)
 

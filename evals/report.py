@@ -12,6 +12,7 @@ from typing import Any
 from accel.errors import AccelError
 from accel.evals import plots
 from accel.evals.overlays import data_address
+from accel.evals.report_cache import cache_figures
 from accel.evals.report_drawn import drawn_cards, drawn_figures, drawn_sections, head_figures
 from accel.evals.report_pictures import picture_sections, points, share_kept, spread_exits, text_scores
 from accel.evals.report_sections import Card, Figure, Row, Section, Table, milliseconds, number, ratio, score_cell, sections
@@ -103,7 +104,8 @@ def figures_of(result: Mapping[str, Any]) -> list[Figure]:
                if (figure := _time_figure(metric, latency, colours, unit=unit, y_label=name))]  # fmt: skip
     about_pictures = [*_keep_figures(result.get("means", [])), *_exit_figures(spread_exits(result)), *_attention_figures(result.get("attention"))]
     drawn = [*drawn_figures(result.get("drawn", [])), *head_figures(result.get("heads", []))]
-    return [*figures, *_accuracy_figures(scores, colours), *about_pictures, *drawn, *_map_figures(result.get("block_maps", []))]
+    accuracy = [*_accuracy_figures(scores, colours), *cache_figures(scores)]
+    return [*figures, *accuracy, *about_pictures, *drawn, *_map_figures(result.get("block_maps", []))]
 
 
 def cards(result: Mapping[str, Any]) -> list[Card]:

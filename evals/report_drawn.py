@@ -25,7 +25,7 @@ _QUALITY = (
 _HELD = (
     "Entries: tokens, as a mean over heads and layers, stored at most behind a scale, and read at the last. Cache: bytes of keys, values, positions "
     "and what a method records. Allocated and reserved: peaks of the CUDA allocator with the weights, – on a CPU, where the growth of resident "
-    "memory is all there is. Of one picture, drawn once more; measured as: "
+    "memory is all there is, coarse and noisy. Of one picture, drawn once more; measured as: "
 )
 
 
@@ -74,8 +74,8 @@ def paired_table(paired: Sequence[Row]) -> Table:
         ["difference", "right, points", "perceptual distance", "n"],
         rows,
         group_starts=frozenset(i for i in range(1, len(paired)) if paired[i]["label"] != paired[i - 1]["label"]),
-        caption="Method minus control of the same budget, on the same seeds, ± standard error over pictures. Below 0 in distance: nearer to dense "
-        "than the control.",
+        caption="Method minus control on the same seeds, ± standard error over pictures; below 0 in distance: nearer to dense than the control. "
+        "“keep”: the control reads as many entries at the last scale. “cache of”: it stores as many entries, and so as many bytes, as that method.",
     )
 
 
@@ -108,8 +108,9 @@ def drawn_figures(rows: Sequence[Row]) -> list[Figure]:
         own = {row["series"]: colours[row["series"]] for row in far}
         svg = plots.keep_plot(far, own, x_label=_X_LABEL, y_label=_DISTANCE, width=5.2)
         found.append(Figure("drawn", "Distance against keep", "Mean over pictures of the same seeds, with standard errors; 0 is dense.", svg=svg))
-        held = [_against_bytes(row, row["perceptual"]) for row in methods if row["perceptual"]]
-        svg = plots.keep_plot(held, own, x_label="cache bytes, share of a whole cache", y_label=_DISTANCE, width=5.2)
+        held = [_against_bytes(row, row["perceptual"]) for row in methods if row["perceptual"] and row["cache"]["whole_bytes"]]
+    if far and held:
+        svg = plots.keep_plot(held, own, x_label="cache bytes, share of a whole cache", y_label=_DISTANCE, width=5.2, is_measured=True)
         caption = "As before, but against what the cache holds at most: methods that are far apart here are not compared at equal memory."
         found.append(Figure("drawn", "Distance against memory", caption, svg=svg))
     if methods:
@@ -119,9 +120,12 @@ def drawn_figures(rows: Sequence[Row]) -> list[Figure]:
         limits = (max(0.0, math.floor(10 * lowest - 0.5) / 10), 1.02)
         svg = plots.keep_plot(right, colours, x_label=_X_LABEL, y_label="share of right classes", y_limits=limits, width=5.2)
         found.append(Figure("drawn", "Right classes against keep", "With standard errors. Dashed: dense.", svg=svg))
-        svg = plots.entries_plot(entry_lines(mine))
-        caption = "Tokens per head, as a mean over heads and layers. Methods of the same budgets share a line."
-        found.append(Figure("cache", "Cache entries against scale", caption, svg=svg))
+        for title, key, what in (
+            ("Cache entries against scale", "retained", "Stored behind each scale; behind the last nothing stays."),
+            ("Entries read against scale", "attended", "Read by attention at each scale."),
+        ):
+            caption = f"{what} Tokens per head, as a mean over heads and layers. Methods of the same numbers share a line."
+            found.append(Figure("cache", title, caption, svg=plots.entries_plot(entry_lines(mine, key), width=5.2)))
     return found
 
 
@@ -138,11 +142,11 @@ def head_figures(heads: Sequence[Row]) -> list[Figure]:
     ]
 
 
-def entry_lines(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Entries that attention reads by scale, rows of the same numbers in one line: label, entries, is_baseline."""
+def entry_lines(rows: Sequence[Row], key: str) -> list[dict[str, Any]]:
+    """Entries by scale, "retained" or "attended", rows of the same numbers in one line: label, entries, is_baseline."""
     groups: dict[tuple[float, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(round(n, 3) for n in row["cache"]["attended"]), []).append(row)
+        groups.setdefault(tuple(round(n, 3) for n in row["cache"][key]), []).append(row)
     return [{"label": _joined(group), "entries": list(entries), "is_baseline": group[0]["is_baseline"]} for entries, group in groups.items()]
 
 
@@ -162,7 +166,7 @@ def drawn_cards(result: Mapping[str, Any]) -> list[Card]:
 
 def drawn_notices(rows: Sequence[Row]) -> list[str]:
     """A line where compressed caches are no smaller than a whole one."""
-    large = [row for row in rows if not row["is_baseline"] and row["cache"] and row["cache"]["peak_bytes"] >= row["cache"]["whole_bytes"]]
+    large = [row for row in rows if not row["is_baseline"] and row["cache"] and row["cache"]["peak_bytes"] >= row["cache"]["whole_bytes"] > 0]
     if not large:
         return []
     by_keep: dict[Any, list[Row]] = {}

@@ -9,6 +9,10 @@ from typing import Any
 from accel.evals.plots import short_length
 
 Row = Mapping[str, Any]
+_CACHE = (
+    " Cache: the most bytes held behind any pass over prompt and answer, keys, values, places and what a method records; of whole: their share of "
+    "the keys and values of all these tokens. Compare methods at equal bytes, not at equal names of a budget."
+)
 METRIC_TITLES = {"ttft_ms": "Time to first token", "tpot_ms": "Time per output token (decode)"}
 
 
@@ -69,6 +73,7 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
         *([_facts_section(result["facts"])] if result.get("facts") else []),
         *_accuracy_sections(result),
         *(_latency_section(metric, result["latency"]) for metric in METRIC_TITLES if _with_metric(result, metric)),
+        *([_cache_section(result["cache_memory"])] if result.get("cache_memory") else []),
         *([_operator_section(result)] if result.get("operator") else []),
         *([_maps_section(result["block_maps"])] if result.get("block_maps") else []),
         *([Section("layers", "Layers", tables=[layer_table(result["layers"])])] if result.get("layers") else []),
@@ -81,21 +86,41 @@ def sections(result: Mapping[str, Any]) -> list[Section]:
 
 
 def accuracy_table(scores: Sequence[Row]) -> Table:
-    """One row per task and variant. scores: task, label, tokens, score {value, stderr}, n, and where known log_prob, density, note."""
+    """One row per task and variant. scores: task, label, tokens, score {value, stderr}, n, and where known log_prob, density, cache, note.
+
+    Where some have a cache that a method compressed, its bytes stand beside the score, and of dense those of a whole one.
+    """
+    whole = {(s["task"], s.get("tokens")): s["cache"]["whole_bytes"] for s in scores if s.get("cache")}
     rows = [
         [s["task"], short_length(s["tokens"]) if s.get("tokens") else "", s["label"], score_cell(s["score"]), str(s["n"]),
-         number(s.get("log_prob"), 2), number(s.get("density"), 2, missing="1.00" if s.get("is_baseline") else "–"), s.get("note", "")]
+         _log_prob(s, has_error=bool(whole)), number(s.get("density"), 2, missing="1.00" if s.get("is_baseline") else "–"),
+         *_cache_cells(s, whole), s.get("note", "")]
         for s in scores
     ]  # fmt: skip
+    headers = ["task", "tokens", "method", "score ± s.e.", "n", "log-prob", "density", *(["cache", "of whole"] if whole else []), ""]
     return Table(
-        ["task", "tokens", "method", "score ± s.e.", "n", "log-prob", "density", ""],
+        headers,
         rows,
-        text_columns=(0, 2, 7),
+        text_columns=(0, 2, len(headers) - 1),
         quiet_rows=frozenset(i for i, s in enumerate(scores) if s.get("is_baseline")),
         group_starts=_changes([(s["task"], s.get("tokens")) for s in scores]),
         caption="log-prob: mean log-probability of the right answer, in nats; nearer to 0 is better. "
-        "Density: share of the causal tiles that were computed, as reached and not as asked for.",
+        f"Density: share of the causal tiles that were computed, as reached and not as asked for.{_CACHE if whole else ''}",
     )
+
+
+def _log_prob(s: Row, *, has_error: bool) -> str:
+    found = number(s.get("log_prob"), 2)
+    return found if not has_error or s.get("log_prob_stderr") is None else f"{found} ± {s['log_prob_stderr']:.2f}"
+
+
+def _cache_cells(s: Row, whole: Mapping[Any, float]) -> list[str]:
+    if not whole:
+        return []
+    if s.get("cache"):
+        return [kibibytes(s["cache"]["peak_bytes"]), percent(s["cache"]["peak_bytes"] / s["cache"]["whole_bytes"])]
+    n_bytes = whole.get((s["task"], s.get("tokens"))) if s.get("is_baseline") else None
+    return [kibibytes(n_bytes), "–" if n_bytes is None else percent(1.0)]
 
 
 def answer_table(answers: Sequence[Row]) -> Table:
@@ -121,9 +146,12 @@ def _answer_cell(answer: Row | None, expected: str) -> str:
 
 
 def _accuracy_sections(result: Mapping[str, Any]) -> list[Section]:
+    from accel.evals.report_cache import paired_table
+
     found = []
     if result.get("scores"):
-        found.append(Section("accuracy", "Accuracy", tables=[accuracy_table(result["scores"])]))
+        paired = result.get("cache_paired")
+        found.append(Section("accuracy", "Accuracy", tables=[accuracy_table(result["scores"]), *([paired_table(paired)] if paired else [])]))
     if result.get("answers"):
         found.append(Section("answers", "Answers", tables=[answer_table(result["answers"])]))
     return found
@@ -212,6 +240,12 @@ def _both(rows: Sequence[Row], key: str) -> str:
 def _operator_section(result: Mapping[str, Any]) -> Section:
     about = result.get("operator_about")
     return Section("operator", "Attention operator alone", paragraphs=[about] if about else [], tables=[operator_table(result["operator"])])
+
+
+def _cache_section(rows: Sequence[Row]) -> Section:
+    from accel.evals.report_cache import bench_table
+
+    return Section("cache_memory", "Cache and memory", tables=[bench_table(rows)])
 
 
 def _facts_section(facts: Mapping[str, str]) -> Section:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import accel
 from accel.errors import AccelError, OptionError
 from accel.evals.album import Album
+from accel.evals.cached_scoring import Prefix, can_share, score_behind_cache, shared_prefix
 from accel.evals.controls import Control, build_control, keep_of, plan_controls
+from accel.evals.decoder_cache import held_figures, held_now, is_compressing
 from accel.evals.drawn import cache_figures, dense_picture, draw_sample, image_model
 from accel.evals.latency import quiet_notices
 from accel.evals.models import LoadedModel
 from accel.evals.pictures import ask, is_right, vision_model
 from accel.evals.results import RunFolder, SampleKey, SampleRecord
-from accel.evals.scoring import score
+from accel.evals.scoring import Scored, score
 from accel.evals.summary import BASELINE, summarise
 from accel.evals.tasks import ClassSample, PictureSample, Sample, Task, load_task
 from accel.evals.visual_layers import layer_tokens
@@ -43,17 +45,18 @@ class Block:
 
 def run_accuracy(
     loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], *, n: int, seed: int,
-    folder: RunFolder, controls: Sequence[str] = (), limit: int | None = None, progress: bool = True,
+    folder: RunFolder, controls: Sequence[str] = (), limit: int | None = None, progress: bool = True, shares_prefill: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Table rows (summary.py) of dense attention, the methods by label, and the controls, on the same n samples per task and length.
 
     lengths: of text prompts; tasks about pictures have none. controls: names of methods that run beside the others at the same budget (controls.py).
-    limit: stops after so many new samples. Samples already in `folder` are not run again. Batch 1; each method is taken off again.
+    limit: stops after so many new samples. Samples already in `folder` are not run again. Batch 1; each method is taken off again. shares_prefill:
+    dense and methods that drop cache entries go on from one unpatched prefill of each text prompt, where they can (cached_scoring.py).
     """
     check_run(loaded, methods, tasks, lengths, n)
     planned = plan_controls(controls, methods, model_info(loaded))
     wanted = wanted_samples(methods, tasks, lengths, n=n, controls=planned)
-    done = folder.done()
+    done, scorer = folder.done(), _Scorer(loaded, any(map(is_compressing, methods.values())), shares_prefill)
     missing = [key for key in wanted if key not in done]
     with _bar(min(len(missing), len(missing) if limit is None else limit), progress) as bar, quiet_notices():
         prompts: dict[tuple[str, int], Sequence[AnySample]] = {}
@@ -65,7 +68,7 @@ def run_accuracy(
             applied = _methods_for(key, methods, planned, folder)
             sample = prompts[place][key.sample]
             _require_same_prompt(folder, key, sample)
-            folder.append(_measure(loaded, key, sample, applied, Album(folder.path)))
+            folder.append(_measure(scorer, key, sample, applied, Album(folder.path)))
             bar.update()
     return rows_of(folder, wanted)
 
@@ -73,14 +76,16 @@ def run_accuracy(
 def wanted_samples(
     methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], *, n: int, controls: Sequence[Control] = ()
 ) -> list[SampleKey]:
-    """Every sample of a run, in the order in which they are measured: a control after what it is compared to."""
+    """Every sample of a run, in the order in which they are measured: prompt by prompt, so that a run that is stopped has the same ones of all
+    labels; a control after what it is compared to.
+    """
     labels = [BASELINE, *methods, *(control.label for control in controls)]
     return [
         SampleKey(task, label, tokens, i)
         for task in tasks
         for tokens in (lengths if load_task(task).kind == "text" else (0,))
-        for label in labels
         for i in range(n)
+        for label in labels
     ]
 
 
@@ -168,11 +173,38 @@ def _methods_for(key: SampleKey, methods: Mapping[str, Sequence[Method]], contro
     return [build_control(control, methods[reference], found)]
 
 
-def _measure(loaded: LoadedModel, key: SampleKey, sample: AnySample, methods: Sequence[Method], album: Album) -> SampleRecord:
+@dataclass
+class _Scorer:
+    """How the text samples of a run are scored: behind_cache where one of its methods drops cache entries, dense and all."""
+
+    loaded: LoadedModel
+    behind_cache: bool
+    shares_prefill: bool
+    prefix: Prefix | None = None
+
+    def prepare(self, sample: Sample, methods: Sequence[Method]) -> Prefix | None:
+        """The prefill that this sample goes on from; ask with no method on."""
+        if not (self.behind_cache and self.shares_prefill and can_share(methods)):
+            return None
+        if self.prefix is None or self.prefix.prompt_hash != sample.prompt_hash:
+            self.prefix = shared_prefix(self.loaded.model, sample)
+        return self.prefix
+
+    def score(self, sample: Sample, prefix: Prefix | None, on_prefill: Callable[[], None]) -> Scored:
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        if self.behind_cache:
+            return score_behind_cache(model, tokenizer, sample, prefix=prefix, on_prefill=on_prefill)
+        return score(model, tokenizer, sample, on_prefill=on_prefill)
+
+
+def _measure(scorer: _Scorer, key: SampleKey, sample: AnySample, methods: Sequence[Method], album: Album) -> SampleRecord:
     """Scores one sample with the methods on; the counters are read when the prompt is through, so that decoding does not dilute them."""
+    loaded = scorer.loaded
+    prefix = scorer.prepare(sample, methods) if isinstance(sample, Sample) else None
     dense = dense_picture(image_model(loaded), key, sample, album) if isinstance(sample, ClassSample) else None
     prefill: dict[str, Any] = {"density": None, "sparse_calls": 0, "dense_calls": {}, "selection_ms": None}
     events: list[PruningEvent] = []
+    at_prompt: dict[str, int] = {}
     with ExitStack() as stack:
         handle = stack.enter_context(accel.apply(loaded.model, *methods)) if methods else None
         if handle is not None:
@@ -180,13 +212,17 @@ def _measure(loaded: LoadedModel, key: SampleKey, sample: AnySample, methods: Se
 
         def count() -> None:
             prefill.update(_counters(loaded, handle, events))
+            if handle is not None:
+                at_prompt.update(held_now(handle.stats.cache))
 
         if isinstance(sample, Sample):
-            outcome = _scored(loaded, key, sample, count)
+            outcome = _scored(scorer, key, sample, prefix, count)
         elif isinstance(sample, PictureSample):
             outcome = _asked(loaded, key, sample, count)
         else:
             outcome = draw_sample(image_model(loaded), key, sample, album, dense=dense, on_drawn=count)
+        if handle is not None and (held := held_figures(handle.stats.cache, at_prompt, outcome["n_tokens"])) is not None:
+            prefill["cache"] = held
     options = [{m.method_name(): m.changed_options()} for m in methods]
     outcome = {**outcome, **prefill, "visual_tokens": prefill.get("visual_tokens") or outcome.get("visual_tokens", 0)}
     return SampleRecord(
@@ -195,9 +231,9 @@ def _measure(loaded: LoadedModel, key: SampleKey, sample: AnySample, methods: Se
     )  # fmt: skip
 
 
-def _scored(loaded: LoadedModel, key: SampleKey, sample: Sample, on_prefill: Any) -> dict[str, Any]:
+def _scored(scorer: _Scorer, key: SampleKey, sample: Sample, prefix: Prefix | None, on_prefill: Callable[[], None]) -> dict[str, Any]:
     """What a text sample adds to its record."""
-    scored = score(loaded.model, loaded.tokenizer, sample, on_prefill=on_prefill)
+    scored = scorer.score(sample, prefix, on_prefill)
     if not all(math.isfinite(p) for p in scored.log_probs):
         raise AccelError(f"{key.label} gives log-probabilities that are not finite on {_place(key)}, prompt {key.sample}")
     return {

@@ -1,4 +1,7 @@
-"""Scores of one sample on one model: log-probability of the right answers, and whether the model gives them."""
+"""Scores of one sample on one model: log-probability of the right answers, and whether the model gives them.
+
+Where methods drop cache entries, `accel.evals.cached_scoring` scores instead: one forward over prompt and answers would have no cache.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel.evals.prompt_cache import cache_argument
 from accel.evals.tasks import Answer, Sample
 
 
@@ -40,17 +44,17 @@ def score(model: Any, tokenizer: Any, sample: Sample, *, on_prefill: Callable[[]
 
 
 def _teacher_forced(model: Any, tokenizer: Any, sample: Sample, on_prefill: Callable[[], None] | None) -> Scored:
-    ids = torch.tensor([sample.input_ids], device=_device(model))
+    ids = torch.tensor([sample.input_ids], device=device_of(model))
     # the row before a token predicts it
     rows = torch.tensor([i - 1 for a in sample.answers for i in range(a.start, a.stop)], device=ids.device)
-    begin = _now(model)
+    begin = now(model)
     logits = _rows_of_logits(model, ids, rows)
-    prefill_ms = (_now(model) - begin) * 1e3
+    prefill_ms = (now(model) - begin) * 1e3
     if on_prefill:
         on_prefill()
     log_probs = token_log_probs(logits, ids[0, rows + 1]).tolist()
     guesses = logits.argmax(-1).tolist()
-    per_answer = _split(list(zip(guesses, log_probs, strict=True)), sample.answers)
+    per_answer = split_by_answer(list(zip(guesses, log_probs, strict=True)), sample.answers)
     given = [[guess for guess, _ in tokens] for tokens in per_answer]
     return Scored(
         log_probs=[sum(p for _, p in tokens) for tokens in per_answer],
@@ -62,22 +66,22 @@ def _teacher_forced(model: Any, tokenizer: Any, sample: Sample, on_prefill: Call
 
 def _generated(model: Any, tokenizer: Any, sample: Sample, on_prefill: Callable[[], None] | None) -> Scored:
     assert sample.n_prompt is not None
-    prompt = torch.tensor([sample.input_ids[: sample.n_prompt]], device=_device(model))
-    begin = _now(model)
-    first, cache = _prefill(model, prompt)
-    prefill_ms = (_now(model) - begin) * 1e3
+    prompt = torch.tensor([sample.input_ids[: sample.n_prompt]], device=device_of(model))
+    begin = now(model)
+    first, cache = prefill(model, prompt)
+    prefill_ms = (now(model) - begin) * 1e3
     if on_prefill:
         on_prefill()
     target = torch.tensor(sample.input_ids[sample.n_prompt :], device=prompt.device)
     rows, step = [first], first
     for token in target[:-1]:
-        step = _decode(model, token, cache)
+        step = decode(model, token, cache)
         rows.append(step)
     log_probs = token_log_probs(torch.stack(rows), target).tolist()
     spans = [slice(a.start - sample.n_prompt, a.stop - sample.n_prompt) for a in sample.answers]
     if not _rewind(cache, sample.n_prompt):
-        first, cache = _prefill(model, prompt)
-    reply = tokenizer.decode(_greedy(model, first, cache, sample.max_new_tokens), skip_special_tokens=True)
+        first, cache = prefill(model, prompt)
+    reply = tokenizer.decode(greedy(model, first, cache, sample.max_new_tokens), skip_special_tokens=True)
     return Scored(
         log_probs=[sum(log_probs[span]) for span in spans],
         hits=[float(a.text.lower() in reply.lower()) for a in sample.answers],
@@ -95,27 +99,27 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _rows_of_logits(model: Any, ids: Tensor, rows: Tensor) -> Tensor:
     """Logits (len(rows), vocabulary) of some rows; the head runs on these alone where the model can do that."""
-    if _keeps_rows(model):
+    if keeps_rows(model):
         kept: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
         return kept
     everything: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     return everything[rows]
 
 
-def _prefill(model: Any, prompt: Tensor) -> tuple[Tensor, Any]:
-    """Logits (vocabulary,) behind the prompt, and its cache."""
-    last = {"logits_to_keep": 1} if _keeps_rows(model) else {}
-    out = model(input_ids=prompt, use_cache=True, **last)
-    return out.logits[0, -1], getattr(out, _cache_name(model))
+def prefill(model: Any, prompt: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
+    """Logits (vocabulary,) behind the prompt (1, L), and its cache: a new one, or that of what stands before."""
+    last = {"logits_to_keep": 1} if keeps_rows(model) else {}
+    out = model(input_ids=prompt, use_cache=True, **last, **({} if cache is None else {cache_argument(model): cache}))
+    return out.logits[0, -1], getattr(out, cache_argument(model))
 
 
-def _decode(model: Any, token: Tensor, cache: Any) -> Tensor:
+def decode(model: Any, token: Tensor, cache: Any) -> Tensor:
     """Logits (vocabulary,) behind one more token, which joins the cache."""
-    logits: Tensor = model(input_ids=token.view(1, 1), use_cache=True, **{_cache_name(model): cache}).logits[0, -1]
+    logits: Tensor = model(input_ids=token.view(1, 1), use_cache=True, **{cache_argument(model): cache}).logits[0, -1]
     return logits
 
 
-def _greedy(model: Any, logits: Tensor, cache: Any, n_tokens: int) -> list[int]:
+def greedy(model: Any, logits: Tensor, cache: Any, n_tokens: int) -> list[int]:
     """The likeliest tokens one after the other, without the end token. Not `generate`: a model's own settings may sample or penalise."""
     end = model.generation_config.eos_token_id
     ends = set(end) if isinstance(end, list) else {end}
@@ -127,7 +131,7 @@ def _greedy(model: Any, logits: Tensor, cache: Any, n_tokens: int) -> list[int]:
         found.append(int(token))
         if len(found) == n_tokens:
             return found
-        logits = _decode(model, token, cache)
+        logits = decode(model, token, cache)
 
 
 def _rewind(cache: Any, n_tokens: int) -> bool:
@@ -141,7 +145,7 @@ def _rewind(cache: Any, n_tokens: int) -> bool:
     return int(cache.get_seq_length()) == n_tokens
 
 
-def _split(tokens: Sequence[Any], answers: Sequence[Answer]) -> list[list[Any]]:
+def split_by_answer(tokens: Sequence[Any], answers: Sequence[Answer]) -> list[list[Any]]:
     """One flat entry per token, as one list per answer."""
     found, at = [], 0
     for answer in answers:
@@ -151,23 +155,18 @@ def _split(tokens: Sequence[Any], answers: Sequence[Answer]) -> list[list[Any]]:
     return found
 
 
-def _keeps_rows(model: Any) -> bool:
+def keeps_rows(model: Any) -> bool:
     # asked of the class: a patched or wrapped forward may hide its arguments
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
-def _cache_name(model: Any) -> str:
-    """What the model calls its cache: transformers renamed it in 5.24."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-
-
-def _device(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
     device: torch.device = next(iter(model.parameters())).device
     return device
 
 
-def _now(model: Any) -> float:
+def now(model: Any) -> float:
     """Seconds, when the device has finished."""
-    if _device(model).type == "cuda":
-        torch.cuda.synchronize(_device(model))
+    if device_of(model).type == "cuda":
+        torch.cuda.synchronize(device_of(model))
     return time.perf_counter()

@@ -21,8 +21,9 @@ from torch import Tensor
 
 import accel
 from accel.errors import OptionError
-from accel.evals.latency import Progress, Spread, last_logits_only, quiet_notices, stock_label
+from accel.evals.latency import Progress, Spread, quiet_notices, stock_label
 from accel.evals.memory import track_peak
+from accel.evals.prompt_cache import last_logits_only
 from accel.evals.visual_cost import DecoderShape, EncoderShape, decode_bytes, encoder_flops, prefill_flops, token_kv_bytes
 from accel.evals.visual_shapes import VisualPrompt
 from accel.protocols import Method

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 HELP = "time to first token, decode, peak memory and the attention operator, against both dense baselines"
 
 DEFAULTS: dict[str, Any] = {
-    "model": "smollm2", "method": None, "recipe": None, "lengths": "4k,8k", "what": "operator,ttft,decode", "dtype": "auto", "device": "cpu",
-    "repeats": 5, "warmup": 1, "decode_steps": 16, "heads": "8,2", "head_dim": 128, "densities": "0.25,0.1,0.05",
+    "model": "smollm2", "method": None, "recipe": None, "lengths": "4k,8k", "what": "operator,ttft,decode,cache", "dtype": "auto", "device": "cpu",
+    "repeats": 5, "warmup": 1, "decode_steps": 16, "chunk": 512, "heads": "8,2", "head_dim": 128, "densities": "0.25,0.1,0.05",
     "threads": None, "seed": 0, "out": None,
 }  # fmt: skip
-PARTS = ("operator", "ttft", "decode")
+PARTS = ("operator", "ttft", "decode", "cache")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help="repeatable (default: the model's recipe, or flexprefill)")
     parser.add_argument("--recipe", help="a recipe file, measured as one more variant")
     parser.add_argument("--lengths", help="prompt lengths, such as 4k,16k,64k (default: 4k,8k)")
-    parser.add_argument("--what", help="parts to run: operator, ttft (with peak memory), decode (default: all three)")
+    parser.add_argument("--what", help="parts to run: operator, ttft (with peak memory), decode, cache (of methods that compress it) (default: all)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
     parser.add_argument("--repeats", type=int, help="timed rounds, each over all variants in turn (default: 5)")
     parser.add_argument("--warmup", type=int, help="rounds before, in which peak memory is measured (default: 1)")
     parser.add_argument("--decode-steps", type=int, help="tokens per decoding pass (default: 16)")
+    parser.add_argument("--chunk", type=int, help="cache: tokens per pass of a chunked prefill (default: 512)")
     parser.add_argument("--heads", help="operator: query and key heads (default: 8,2)")
     parser.add_argument("--head-dim", type=int, help="operator: size of a head (default: 128)")
     parser.add_argument("--densities", help="operator: shares of the causal blocks (default: 0.25,0.1,0.05)")
@@ -65,7 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder for the results (default: runs/<date>-bench)")
     parser.add_argument("--config", help="a YAML file with any of these settings; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
-    parser.epilog = "example:\n  accel bench --model smollm2 --method flexprefill:min_budget=256 --method powerattention --lengths 4k,8k --what ttft"
+    parser.epilog = (
+        "examples:\n  accel bench --model smollm2 --method flexprefill:min_budget=256 --method powerattention --lengths 4k,8k --what ttft\n"
+        "  accel bench --model smollm2 --method snapkv:keep=0.3 --lengths 2k,4k --what ttft,decode,cache --decode-steps 64"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -74,13 +78,15 @@ def main(args: argparse.Namespace) -> int:
     settle_threads(settings["threads"])
     variants, lengths, parts = read_variants(settings), parse_lengths(settings["lengths"]), _parts(settings)
     shape = _operator_shape(settings)
+    if parts == ["cache"] and not has_cache_part(variants):
+        raise OptionError(f"the cache part measures methods that compress the cache, got {', '.join(variants)}: name one, such as --method snapkv")
     if args.dry_run:
         print_settings(settings)
         return 0
     folder = new_folder("bench", settings["out"])
     dtype, reason = choose_dtype(settings["dtype"], settings["device"])
     result: dict[str, Any] = {"latency": [], "notices": [], "limits": []}
-    if set(parts) & {"ttft", "decode"}:
+    if set(parts) & {"ttft", "decode", "cache"}:
         loaded = _load(settings, dtype, reason)
         result |= describe_run("bench", f"{loaded.name}: latency against both dense baselines", loaded, settings, dtype_reason=reason)
         prompts = _prompts(loaded, lengths, settings["seed"])
@@ -125,13 +131,28 @@ def measure(loaded: LoadedModel, variants: Variants, prompts: Mapping[int, Any],
     timed = [function for part, function in functions.items() if part in parts]
     rounds = {"repeats": settings["repeats"], "warmup": settings["warmup"]}
     rows: list[LatencyRow] = []
+    cache: list[dict[str, Any]] = []
     if timed:
         with progress_bar(len(timed) * len(prompts) * count_passes(loaded.model, variants, **rounds)) as progress:
             for function in timed:
                 for ids in prompts.values():
                     rows += function(loaded.model, ids, variants, **rounds, progress=progress)
-    how = {"memory_how": memory_note(loaded.model)} if rows and settings["warmup"] else {}
-    return {"latency": [row.as_dict() for row in rows], **how}
+    if "cache" in parts and has_cache_part(variants):
+        from accel.evals.decoder_bench import measure_cache
+
+        with progress_bar(len(prompts) * settings["repeats"] * count_passes(loaded.model, variants, repeats=1, warmup=0)) as progress:
+            for ids in prompts.values():
+                held = measure_cache(loaded.model, ids, variants, repeats=settings["repeats"], chunk=settings["chunk"], progress=progress)
+                cache += [row.as_dict() for row in held]
+    how = {"memory_how": memory_note(loaded.model)} if cache or (rows and settings["warmup"]) else {}
+    return {"latency": [row.as_dict() for row in rows], **({"cache_memory": cache} if cache else {}), **how}
+
+
+def has_cache_part(variants: Variants) -> bool:
+    """Whether a variant compresses its cache; without one there is nothing to tell of caches."""
+    from accel.evals.decoder_cache import is_compressing
+
+    return any(map(is_compressing, variants.values()))
 
 
 def check_variants(model: Any, variants: Variants) -> list[str]:
@@ -159,6 +180,11 @@ def print_result(result: Mapping[str, Any]) -> None:
         if rows:
             table = latency_table(rows)
             print_table(table.headers, table.rows, title=title, text_columns=table.text_columns)
+    if result.get("cache_memory"):
+        from accel.evals.report_cache import bench_table
+
+        table = bench_table(result["cache_memory"])
+        print_table(table.headers, table.rows, title="Cache and memory", text_columns=table.text_columns)
     if result.get("operator"):
         table = operator_table(result["operator"])
         print_table(table.headers, table.rows, title=f"Attention operator alone ({result['operator_about']})", text_columns=table.text_columns)

@@ -33,11 +33,11 @@ PRUNING, PICTURES = "fastervlm", 50
 COMPRESSION = "h2o"
 DEFAULTS: dict[str, Any] = {
     "model": None, "method": None, "recipe": None, "tasks": "needle,fewshot", "lengths": "4k", "samples": None, "controls": None, "keeps": None,
-    "seed": 0, "dtype": "auto", "device": "cpu", "threads": None, "out": None, "resume": None, "limit": None,
+    "shared_prefill": None, "seed": 0, "dtype": "auto", "device": "cpu", "threads": None, "out": None, "resume": None, "limit": None,
 }  # fmt: skip
 WHOLE = ("samples", "threads", "limit")
 # settings that a run folder keeps
-KEPT = ("model", "device", "seed", "samples", "dtype", "tasks", "lengths", "controls", "keeps")
+KEPT = ("model", "device", "seed", "samples", "dtype", "tasks", "lengths", "controls", "keeps", "shared_prefill")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--controls", help=f"methods to run at the budget of those asked for; none (default: {usual}, by kind)")
     swept = "run each method that prunes tokens or compresses the cache once per share or count of visual tokens or cache entries"
     parser.add_argument("--keeps", help=f"{swept}, such as 1.0,0.5,0.25,0.1,0.05")
+    shared = "prefill each text prompt once for all that drop cache entries, where they need no more than its last queries"
+    parser.add_argument("--shared-prefill", action="store_const", const=True, help=shared)
     parser.add_argument("--seed", type=int, help="of the prompts (default: 0)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n  accel run --model smollm2 --method flexprefill:gamma=0.9,min_budget=256,min_seq_len=0 --tasks needle --lengths 2k\n"
         "  accel run --model small-vlm --method fastervlm --tasks scenes --keeps 0.5,0.25,0.1 --samples 100\n"
+        "  accel run --model smollm2 --method snapkv --tasks key_value,needle --lengths 2k --keeps 0.5,0.3,0.1 --samples 10\n"
         f"  accel run --model small-var --method {COMPRESSION} --tasks images --keeps 0.7,0.5,0.3,0.1 --samples 200"
     )
 
@@ -154,6 +157,7 @@ def _run(
     settings: Mapping[str, Any], variants: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], controls: Sequence[str]
 ) -> int:
     from accel.cli.bench import check_variants
+    from accel.evals.cache_summary import cache_notices, cache_settings, paired_caches
     from accel.evals.controls import plan_controls, reference_label
     from accel.evals.drawn_summary import summarise_drawn
     from accel.evals.models import load_model, reads_ahead
@@ -166,7 +170,7 @@ def _run(
         "command": "run", **{key: settings[key] for key in ("model", "device", "seed", "samples")}, "dtype": dtype, "tasks": list(tasks),
         # through JSON: YAML files hold no tuples
         "lengths": list(lengths), "controls": list(controls), "reference": reference_label(variants), "methods": json.loads(json.dumps(plain)),
-        **({"keeps": parse_keeps(settings["keeps"])} if settings["keeps"] else {}),
+        **({"keeps": parse_keeps(settings["keeps"])} if settings["keeps"] else {}), **cache_settings(variants, tasks, settings),
     }  # fmt: skip
     # what is wrong without the model is told before it is loaded, and what is wrong with it before a folder is made
     if settings["out"]:
@@ -182,13 +186,16 @@ def _run(
     folder = RunFolder.create(path, config, resume=bool(settings["resume"]))
     try:
         rows = run_accuracy(
-            loaded, variants, tasks, lengths, n=settings["samples"], seed=settings["seed"], folder=folder, controls=controls, limit=settings["limit"]
+            loaded, variants, tasks, lengths, n=settings["samples"], seed=settings["seed"], folder=folder, controls=controls, limit=settings["limit"],
+            shares_prefill=bool(settings["shared_prefill"]),
         )
         planned = plan_controls(controls, variants, model_info(loaded))
         wanted = wanted_samples(variants, tasks, lengths, n=settings["samples"], controls=planned)
         n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
         done = [record for key in wanted if (record := folder.get(key)) is not None]
-        extra = {"notices": notices, **_pictures(loaded, done, variants, planned), **summarise_drawn(loaded, done, planned)}
+        notices += cache_notices(config, rows)
+        extra = {"notices": notices, **paired_caches(done, planned), **_pictures(loaded, done, variants, planned)}
+        extra |= summarise_drawn(loaded, done, planned)
         if heads := head_rows(loaded, variants):
             extra["heads"] = heads
         sections = _report(loaded, folder, rows, extra=extra, settings=settings, dtype_reason=reason, n_missing=n_missing)
@@ -270,12 +277,14 @@ def _report(
 def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
     """The tables on stdout: text first, then pictures."""
     from accel.cli.table import print_table
+    from accel.evals.report_cache import paired_table
     from accel.evals.report_drawn import drawn_sections
     from accel.evals.report_pictures import gate_table, headline, keep_table, savings_table, text_scores
     from accel.evals.report_sections import accuracy_table
 
     scores = text_scores({"scores": rows})
     tables = [accuracy_table(scores)] if scores else []
+    tables += [paired_table(extra["cache_paired"])] if extra.get("cache_paired") else []
     tables += [table for section in drawn_sections(extra) for table in section.tables]
     if extra.get("gates"):
         tables.append(gate_table(extra["gates"]))
@@ -298,10 +307,10 @@ def _picture_notices(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]
 
 def _limits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the scores of these tasks cannot show."""
-    from accel.evals.tasks import Task, load_task
+    from accel.evals.tasks import load_task
 
     tasks = [load_task(name) for name in dict.fromkeys(row["task"] for row in rows)]
-    found = [task.caveat for task in tasks if not isinstance(task, Task) and task.caveat]
+    found = [task.caveat for task in tasks if task.caveat]
     if any(row["score"]["name"] == "perplexity" for row in rows):
         found.append("Scores named perplexity are better when lower, and do not separate sparse methods: read them beside retrieval.")
     return list(dict.fromkeys(found))

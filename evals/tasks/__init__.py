@@ -19,12 +19,16 @@ from accel.errors import OptionError
 
 @dataclass(frozen=True)
 class Answer:
-    """One scored answer: tokens start … stop − 1 of the sample, `text` as a reader would write it, `question` for tables."""
+    """One scored answer: tokens start … stop − 1 of the sample, `text` as a reader would write it, `question` for tables.
+
+    lead: the token with which its question begins, where questions can be asked each by itself behind what stands before the first of them.
+    """
 
     question: str
     text: str
     start: int
     stop: int
+    lead: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Task:
     """samples(tokenizer, n_tokens, n, seed) → n prompts of `n_tokens` tokens of that tokenizer; raises OptionError where that cannot be.
 
     metric: "exact" is the share of right answers; "perplexity" that of the answers' tokens.
-    group: a name that stands for several tasks on the command line.
+    group: a name that stands for several tasks on the command line. caveat: what its scores cannot show, for reports.
     """
 
     kind: ClassVar[Literal["text"]] = "text"
@@ -103,6 +107,7 @@ class Task:
     samples: Callable[[Any, int, int, int], list[Sample]]
     metric: Literal["exact", "perplexity"] = "exact"
     group: str = ""
+    caveat: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Prompt of exactly N tokens of "Sentence: … / Topic: animal"; the sentences never tell the topic but by their word. The last examples are
 the same at every length: longer prompts only show more of them. The first example is cut at its front where N asks for it. Chance is one in
 five. Only about seven of the 24 labels lie inside FlexPrefill's probe (the last block of queries), so that this task sees what retrieval
-inside the probe does not.
+inside the probe does not. Where methods drop cache entries, each of the 24 is asked by itself, behind the examples before the first of them.
 """
 
 from __future__ import annotations
@@ -38,18 +38,22 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     head = opening(tokenizer)
     # from the last example to the first, so that the end is the same at every length
     ids: list[int] = []
-    spans: list[tuple[str, str, int, int]] = []     # word, label, tokens counted back from the end
+    # word, label, and tokens counted back from the end: of the example, of its label
+    spans: list[tuple[str, str, int, int, int]] = []
     while len(ids) < n_tokens - len(head) or len(spans) < N_SCORED:
         word, label, text = _example(rng)
         piece = encode_parts(tokenizer, text, [label])
         [(start, stop)] = piece.spans
         if len(spans) < N_SCORED:
             after = len(ids) + len(piece.ids)
-            spans.append((word, label, after - start, after - stop))
+            spans.append((word, label, after, after - start, after - stop))
         ids = piece.ids + ids
-    require_length("fewshot", n_tokens, len(head) + max(back for _, _, back, _ in spans))
+    require_length("fewshot", n_tokens, len(head) + max(back for *_, back, _ in spans))
     ids = head + ids[len(ids) - (n_tokens - len(head)) :]
-    answers = (Answer(word, label, n_tokens - start, n_tokens - stop) for word, label, start, stop in reversed(spans))
+    answers = (
+        Answer(word, label, n_tokens - start, n_tokens - stop, lead=max(len(head), n_tokens - lead))
+        for word, label, lead, start, stop in reversed(spans)
+    )
     return Sample(index, seed, tuple(ids), tuple(answers))
 
 

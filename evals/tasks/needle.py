@@ -3,7 +3,8 @@
 Prompt of exactly N tokens: help-topic prose with "Note that the magic number for KEY is ddddd." at 8, 33, 58 and 83 % depth; the tail states
 the four facts again in the order 3, 1, 4, 2, so that no answer follows from the one before. A number at chance has log-probability
 5·ln(1/10) = −11.5 where the tokenizer splits digits. The tail lies inside FlexPrefill's probe (the last block of queries). Retrieval of this
-kind separates sparse methods; perplexity does not.
+kind separates sparse methods; perplexity does not. Methods that drop cache entries do so before the tail is read, and each fact is asked for behind
+the same cache: nobody has told them which of the prose is worth keeping.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
 
 def _answer(fact: Piece, at: int, question: str, number: str) -> Answer:
     [(start, stop)] = fact.spans
-    return Answer(question, number, at + start, at + stop)
+    return Answer(question, number, at + start, at + stop, lead=at)
 
 
 TASK = Task(samples)

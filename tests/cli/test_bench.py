@@ -124,3 +124,29 @@ def test_the_operator_part_needs_no_model(tmp_path: Path, capsys: pytest.Capture
     text = capsys.readouterr().out
     for column in ("of dense (sdpa)", "of dense (accel)", "float32, 4 query and 2 key heads of 16"):
         assert column in text
+
+
+def test_cache_methods_have_lines_of_their_own(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", model, "--method", "streaming_kv:keep=0.25", "--method", "streaming", "--what", "decode,cache", "--lengths", "1k,1500")
+    assert bench(*words, "--repeats", "1", "--warmup", "0", "--decode-steps", "2", "--chunk", "256", "--out", str(tmp_path / "run")) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    rows = {(row["label"], row["tokens"]): row for row in result["cache_memory"]}
+    assert len(rows) == 8
+    for tokens in (1024, 1500):
+        window, dense = rows["streaming_kv(keep=0.25)", tokens], rows["dense (sdpa)", tokens]
+        assert window["held_bytes"] == window["predicted_bytes"] < dense["held_bytes"] / 3
+        assert dense["held_bytes"] == dense["whole_bytes"]
+    decode = {row["label"] for row in result["latency"]}
+    assert decode == {*BASE, "streaming_kv(keep=0.25)", "streaming"}
+    out = capsys.readouterr().out
+    for text in ("Cache and memory", "peak, chunks of 256", "no eviction in 2 steps, one comes every 32"):
+        assert text in out
+    assert "Cache and memory" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_the_cache_part_is_left_out_without_a_cache_method(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", model, "--method", "streaming", "--lengths", "1k", "--out", str(tmp_path / "run"))
+    assert bench(*words, "--what", "cache") == 2
+    assert "methods that compress the cache, got streaming" in capsys.readouterr().err
+    assert bench(*words, "--what", "ttft,cache", "--repeats", "1", "--warmup", "0") == 0
+    assert "cache_memory" not in json.loads((tmp_path / "run" / "result.json").read_text())

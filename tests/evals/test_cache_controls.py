@@ -80,3 +80,18 @@ def test_a_method_is_no_control_of_itself_and_kinds_do_not_mix() -> None:
     for name, method in (("random_kv", build("random_kv")), ("random_kv", build("fastervlm")), ("random_tokens", H2O())):
         with pytest.raises(OptionError, match=r"runs at the budget of a (method that compresses the cache|token-pruning method): name one"):
             plan_controls([name], {"m": [method]})
+
+
+def test_methods_that_store_less_than_they_read_get_controls_of_the_same_cache(tmp_path: Any) -> None:
+    """HACK's structural heads have no room for what they are given before the last scale: at equal reads it holds fewer bytes than its controls."""
+    from head_profiles import saved
+    from next_scale import INFO
+
+    uneven = build("hack", {"profile": saved(tmp_path, ["CCSS", "CCSS"]), "keep": 0.5, "contextual_share": 0.2, "alpha": 0.5})
+    planned = plan_controls(["random_kv"], {"uneven": [uneven], "even": [H2O(keep=0.5)]}, INFO)
+    assert [(control.label, control.references, control.by_cache) for control in planned] == [
+        ("random_kv (keep 0.5)", ("uneven", "even"), False), ("random_kv (cache of uneven)", ("uneven",), True),
+    ]  # fmt: skip
+    found = record(cache={"retained": [1.0, 5.0, 8.6, 0.0], "attended": [1.0, 5.0, 8.6, 15.0], "whole": [1, 5, 14, 30], "kept_share": 0.5})
+    assert build_control(planned[1], [uneven], found).options()["keep"] == 9
+    assert build_control(planned[0], [uneven], found).options()["keep"] == 0.5

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from accel.errors import OptionError
 from accel.evals import latency
 from accel.evals.latency import BELOW_CROSSOVER, OWN_DENSE, Pass, Spread, dense_note, measure_decode, measure_ttft, rows_from_passes
+from accel.evals.prompt_cache import cache_argument
 from accel.stats import Stats
 
 
@@ -128,7 +129,8 @@ def test_decode_gives_every_variant_the_same_cache(model: LlamaForCausalLM, appl
     lengths: Counter[int] = Counter()
 
     def note_length(_model: object, _args: object, kwargs: dict) -> None:
-        lengths[kwargs[latency._cache_argument(model)].get_seq_length()] += 1
+        cache = kwargs.get(cache_argument(model))
+        lengths[0 if cache is None else cache.get_seq_length()] += 1
 
     hook = model.register_forward_pre_hook(note_length, with_kwargs=True)
     rows = measure_decode(model, torch.ones(1, 20, dtype=torch.long), {"A": [Named("a")]}, steps=4, repeats=2, warmup=1)

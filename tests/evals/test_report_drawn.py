@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from accel.evals import plots
 from accel.evals.report import cards, render_html, render_markdown
 from accel.evals.report_drawn import drawn_figures, drawn_notices, drawn_sections, drawn_table, entry_lines, head_figures, memory_table, paired_table
 
@@ -94,21 +95,38 @@ def test_a_cache_that_saves_nothing_is_told(rows: list[dict[str, Any]]) -> None:
 
 def test_methods_of_the_same_entries_share_a_line(rows: list[dict[str, Any]]) -> None:
     uneven = row("cake(keep=0.3)", share=0.3, cache=cache(0.3, n_bytes=1, attended=[1, 5, 14, 30, 45, 39]))
-    lines = entry_lines([*rows[:-1], uneven])
+    lines = entry_lines([*rows[:-1], uneven], "attended")
     assert [(line["label"], line["is_baseline"]) for line in lines] == [
         ("dense", True), ("keep 0.5: h2o, random_kv", False), ("keep 0.3: h2o, random_kv", False), ("cake(keep=0.3)", False),
     ]  # fmt: skip
     assert lines[2]["entries"] == [1, 5, 14, 30, 39, 39]
+    # what is stored is another figure: nothing behind the last scale
+    assert entry_lines(rows[:-1], "retained")[2]["entries"] == [1, 5, 14, 30, 39, 0]
+
+
+def test_points_against_memory_stand_where_they_were_measured(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> None:
+    drawn: list[tuple[dict[str, Any], ...]] = []
+    keep_plot = plots.keep_plot
+
+    def spy(found: Any, colours: Any, **options: Any) -> str:
+        if options.get("is_measured"):
+            drawn.append(tuple(found))
+        return keep_plot(found, colours, **options)
+
+    monkeypatch.setattr(plots, "keep_plot", spy)
+    drawn_figures(rows)
+    # bytes of a whole cache of 400 KiB, not the share that was read
+    assert [round(row["share"], 3) for row in drawn[0]] == [1.025, 0.625, 0.975, 0.6]
 
 
 def test_the_page_has_the_plots_and_the_tables(rows: list[dict[str, Any]], paired: list[dict[str, Any]]) -> None:
     result = {"command": "run", "drawn": rows, "drawn_paired": paired}
     assert [(f.section, f.title) for f in drawn_figures(rows)] == [
         ("drawn", "Distance against keep"), ("drawn", "Distance against memory"), ("drawn", "Right classes against keep"),
-        ("cache", "Cache entries against scale"),
+        ("cache", "Cache entries against scale"), ("cache", "Entries read against scale"),
     ]  # fmt: skip
     page = render_html(result)
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 5
     assert "What the cache and the process held" in page
     text = render_markdown(result)
     assert "| h2o(keep=0.3) − random_kv (keep 0.3) | +0.0 ± 2.0 | +0.0200 ± 0.0040 | 20 |" in text

@@ -76,7 +76,7 @@ def test_a_real_model_scores_as_its_full_logits_say() -> None:
 def test_a_model_that_cannot_choose_rows_scores_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sample = tiny_model(), sample_of(random_ids(97), (30, 33))
     want = score(model, byte_tokenizer(), sample).log_probs
-    monkeypatch.setattr(scoring, "_keeps_rows", lambda _model: False)
+    monkeypatch.setattr(scoring, "keeps_rows", lambda _model: False)
     assert score(model, byte_tokenizer(), sample).log_probs == pytest.approx(want, abs=1e-5)
 
 

@@ -15,7 +15,8 @@ from accel.evals.tasks._prompts import encode_parts, insert
 from accel.evals.tasks._words import TOPICS
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-FORCED, CHAT = ("needle", "fewshot", "code"), ("niah_single", "niah_multikey", "variable_tracking")
+FORCED, RULER = ("needle", "fewshot", "code"), ("niah_single", "niah_multikey", "variable_tracking")
+CHAT = (*RULER, "key_value")
 # bytes are short tokens: these lengths are those of prompts of about 700 and 2000 words
 LENGTHS = (5009, 12001)
 
@@ -93,8 +94,8 @@ def test_the_scored_end_is_the_same_at_every_length(name: str, tokenizer: Any) -
 
 @pytest.mark.parametrize("name", [*FORCED, *CHAT])
 def test_a_length_without_room_is_refused(name: str, tokenizer: Any) -> None:
-    with pytest.raises(OptionError, match=r"at least \d+ tokens .* asked for 200"):
-        made(name, tokenizer, 200)
+    with pytest.raises(OptionError, match=r"at least \d+ tokens .* asked for 150"):
+        made(name, tokenizer, 150)
 
 
 def test_a_tokenizer_with_an_opening_token_has_it_once_and_first() -> None:
@@ -182,6 +183,32 @@ def test_the_label_follows_from_the_word_and_from_nothing_else(tokenizer: Any) -
         assert [topic_of[word] for word in re.findall(r"\w+", sentence) if word in topic_of] == [label]
 
 
+@pytest.mark.parametrize(("name", "begin"), [("needle", "\n\nNote that the magic number for"), ("fewshot", "Sentence: ")])
+def test_every_question_can_be_asked_by_itself(name: str, begin: str, tokenizer: Any) -> None:
+    [sample] = made(name, tokenizer, 12001)
+    for answer, before in zip(sample.answers, [None, *sample.answers[:-1]], strict=True):
+        assert answer.lead is not None
+        assert tokenizer.decode(sample.input_ids[answer.lead : answer.start]).startswith(begin)
+        # a question holds nothing of the answer before
+        assert before is None or answer.lead >= before.stop
+
+
+# --- key and value ------------------------------------------------------------------------------------------------------------
+
+
+def test_one_pair_of_the_object_is_asked_for(chat_tokenizer: Any) -> None:
+    for sample in made("key_value", chat_tokenizer, 5009, n=3):
+        assert sample.n_prompt is not None
+        [answer] = sample.answers
+        key = answer.question.split(" (at")[0]
+        text = text_of(chat_tokenizer, sample, sample.n_prompt)
+        pairs = dict(re.findall(r'"([a-z]+-[a-z]+-\d\d)": "(\d{5})"', text))
+        assert pairs[key] == answer.text
+        assert len(pairs) > 100
+        assert text.count(f'"{key}": "{answer.text}"') == 1
+        assert text.endswith(f'What is the value of the key "{key}"?</user><assistant>"{key}": "')
+
+
 # --- code ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +263,7 @@ def test_the_chain_of_variables_leads_to_the_answers(chat_tokenizer: Any) -> Non
 
 
 def test_groups_stand_for_their_members() -> None:
-    assert expand_names(["ruler", "needle", "niah_single"]) == [*sorted(CHAT), "needle"]
+    assert expand_names(["ruler", "needle", "niah_single"]) == [*sorted(RULER), "needle"]
     assert expand_names(["all"]) == sorted([*FORCED, *CHAT])
     assert expand_names(["scenes"]) == [f"scene_{family}" for family in sorted(FAMILIES)]
 

@@ -18,7 +18,7 @@ from accel.errors import AccelError
 SCHEMA = 1
 _PACKAGES = ("torch", "transformers", "triton", "vllm", "numpy")
 # settings that say how far a run goes, not what a sample is: they may differ when a run is resumed
-_EXTENT = ("samples", "limit", "tasks", "lengths", "controls", "keeps", "methods", "command")
+_EXTENT = ("samples", "limit", "tasks", "lengths", "controls", "keeps", "methods", "files", "command")
 
 
 class SampleKey(NamedTuple):

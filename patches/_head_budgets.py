@@ -131,20 +131,26 @@ class HeadBudgets(CacheBudget):
         """
         shapes = model.scale_shapes
         if shapes is None:
+            # before the prompt is made longer on paper: a share is one of the prompt
+            mean = self._mean(model, n_entries)
+            n_entries = max(n_entries, mean)
             # a prompt counts as two scales, what came before and the window
             window = min(self.n_window(), n_entries)
             shapes = ((1, n_entries - window), (1, window)) if window < n_entries else ((1, n_entries),)
         key = shapes, model.n_layers, model.n_kv_heads
         if key not in self._plans:
             n_first, types = min(self.n_first(model.scale_shapes), n_tokens(model, n_entries)), self._types(model)
-            keep = self.keep if model.scale_shapes is not None else max(self._mean(model, n_entries), min(n_first + 1, n_entries))
+            keep = self.keep if model.scale_shapes is not None else max(mean, min(n_first + 1, n_entries))
             self._plans[key] = make_plan(types, scale_shapes=shapes, n_protected=n_first, keep=keep, share=self.contextual_share)
         return self._plans[key]
 
     def _mean(self, model: ModelInfo, n_entries: int) -> int:
         """Entries that a head keeps as a mean."""
-        found = budget(n_tokens(model, n_entries), self.keep)
-        return found if model.scale_shapes is not None else max(found, min(n_entries, self.min_entries))
+        if model.scale_shapes is not None:
+            return budget(n_tokens(model, n_entries), self.keep)
+        # a count is a count and the least a least however short the prompt is: what is written behind it fills them
+        asked = self.keep if isinstance(self.keep, int) else budget(n_entries, self.keep)
+        return max(asked, self.min_entries)
 
     def _types(self, model: ModelInfo) -> list[list[bool]]:
         if self._profile is None:

@@ -37,13 +37,26 @@ class RandomKV(HeadBudgets):
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
         """The entries whose positions rank highest; one rank for ever makes the survivors of every scale a fair draw of all before."""
         keys = torch.tensor([self._key(ctx.layer, head) for head in group.heads], device=ctx.k.device)
-        ranks = mixed(keys[:, None] + ctx.position * STEP)
+        ranks = mixed(keys[:, None] + (ctx.position - _n_padding(ctx)) * STEP)
         recent = newest(ctx, min(self.window, group.budget // 2)) if ctx.scale_shapes is None else None
         return Retain(self.best(ctx, ranks, group.budget, forced=recent))
 
     def _key(self, layer: int, head: int) -> int:
         """Where the numbers of a head start: 64 bits that differ in seed, layer and head."""
         return int.from_bytes(hashlib.blake2b(f"{self.seed} {layer} {head}".encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def _n_padding(ctx: CompressionContext) -> Tensor | int:
+    """(B, 1, 1) int64: how much padding stands in front of each row's tokens, so that a row keeps what it keeps alone."""
+    if ctx.scale_shapes is not None:
+        return 0
+    known = ctx.state.get("random_kv first")
+    if known is None:
+        known = ctx.position.new_full((len(ctx.position),), -1)
+    # alike for all heads until something was dropped; the first chunk of a prompt may be padding alone
+    first = ctx.position[:, 0].gather(1, ctx.valid[:, 0].int().argmax(1, keepdim=True))[:, 0]
+    known = ctx.state["random_kv first"] = torch.where((known < 0) & ctx.valid[:, 0].any(1), first, known)
+    return known.clamp_min(0)[:, None, None]
 
 
 def mixed(x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.cli.measuring import choose_dtype, describe_run, free_folder, merge_settings, print_settings, settle_threads
-from accel.cli.options import parse_keeps, parse_lengths, read_variants, split_items
-from accel.errors import OptionError
+from accel.cli.options import by_content, parse_keeps, parse_lengths, read_variants, split_items
+from accel.errors import AccelError, OptionError
 
 if TYPE_CHECKING:
     from accel.evals.controls import Control
@@ -81,6 +81,8 @@ def main(args: argparse.Namespace) -> int:
     if settings["resume"] and not settings["out"]:
         raise OptionError("--resume needs the folder of the run: give it with --out")
     earlier = _earlier(Path(settings["out"])) if settings["resume"] else {}
+    if settings["resume"] and not earlier:
+        raise OptionError(f"there is no run in {settings['out']} to go on with; without --resume a new one begins there")
     settings = merge_settings(args, {**DEFAULTS, **{key: earlier[key] for key in KEPT if key in earlier}}, WHOLE)
     for name in ("limit", "samples"):
         if settings[name] is not None and settings[name] < 1:
@@ -103,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_settings(settings)
         return 0
-    return _run(settings, variants, tasks, lengths, controls)
+    return _run(settings, variants, tasks, lengths, controls, earlier)
 
 
 def _earlier(path: Path) -> dict[str, Any]:
@@ -154,8 +156,9 @@ def _variants(settings: dict[str, Any], earlier: Mapping[str, Any], *, usual: st
 
 
 def _run(
-    settings: Mapping[str, Any], variants: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], controls: Sequence[str]
-) -> int:
+    settings: Mapping[str, Any], variants: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], controls: Sequence[str],
+    earlier: Mapping[str, Any],
+) -> int:  # fmt: skip
     from accel.cli.bench import check_variants
     from accel.evals.cache_summary import cache_notices, cache_settings, paired_caches
     from accel.evals.controls import plan_controls, reference_label
@@ -172,6 +175,9 @@ def _run(
         "lengths": list(lengths), "controls": list(controls), "reference": reference_label(variants), "methods": json.loads(json.dumps(plain)),
         **({"keeps": parse_keeps(settings["keeps"])} if settings["keeps"] else {}), **cache_settings(variants, tasks, settings),
     }  # fmt: skip
+    if files := {label: found for label, methods in variants.items() if (found := by_content(methods)) != plain[label]}:
+        config["files"] = json.loads(json.dumps(files))
+    _tell_changes(earlier, config, settings["out"])
     # what is wrong without the model is told before it is loaded, and what is wrong with it before a folder is made
     if settings["out"]:
         RunFolder.check(settings["out"], config, resume=bool(settings["resume"]))
@@ -205,6 +211,18 @@ def _run(
         print(f"accel: {n} {'sample is' if n == 1 else 'samples are'} saved. Go on with `{_go_on(folder)}`", file=sys.stderr)
         raise
     return 1 if n_missing else 0
+
+
+def _tell_changes(earlier: Mapping[str, Any], config: Mapping[str, Any], out: str) -> None:
+    """Says on stderr how far the run that is resumed goes otherwise now. AccelError where a profile, or another file of a method, was changed."""
+    for label, before in earlier.get("files", {}).items():
+        now = config.get("files", {}).get(label)
+        if label in config["methods"] and now != before:
+            raise AccelError(f"{out} cannot be resumed: a file of {label} is another one than it was begun with ({before}, now {now})")
+    changed = [name for name in ("samples", "tasks", "lengths", "controls", "keeps") if name in earlier and earlier[name] != config.get(name)]
+    if changed:
+        told = "; ".join(f"{name} was {earlier[name]}, is {config.get(name, 'none')}" for name in changed)
+        print(f"accel: the run goes on with other settings ({told}); samples beyond them stay in its folder and out of its tables", file=sys.stderr)
 
 
 def _go_on(folder: RunFolder) -> str:

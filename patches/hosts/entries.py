@@ -118,10 +118,12 @@ class Entries:
 
         n_causal: the last entries, those of the last n_causal queries, are hidden from the queries before their own; 0 hides nothing.
         """
-        mask = self._visible(q.shape[2], n_causal)
+        mask, each = self._visible(q.shape[2], n_causal), q.shape[1] // self.k.shape[1]
         if softcap is None:
-            out = F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != self.k.shape[1])
-            return out if mask is None else out.masked_fill(~mask.any(-1, keepdim=True).repeat_interleave(q.shape[1] // self.k.shape[1], 1), 0)
+            # (b, H, …) -> (b, H·G, …): torch repeats keys and values for their query heads, but no mask
+            own = mask if mask is None or each == 1 else mask.repeat_interleave(each, 1)
+            out = F.scaled_dot_product_attention(q, self.k, self.v, attn_mask=own, scale=scale, enable_gqa=each != 1)
+            return out if own is None else out.masked_fill(~own.any(-1, keepdim=True), 0)
         return (self._weights(q, scale, softcap=softcap, mask=mask) @ self.v.float()[:, :, None]).flatten(1, 2).to(q.dtype)
 
     @torch.no_grad()

@@ -131,7 +131,8 @@ def test_layers_without_a_cache_of_everything_are_not_measured_and_get_no_budget
 def test_budgets_are_shares_of_the_prompt_and_short_prompts_stay_whole() -> None:
     method = SnapKV(keep=0.25).bind(DECODER)
     budgets = [method.groups(DECODER, 0, step=0, n_entries=n)[0].budget for n in (40, 64, 200, 400)]
-    assert budgets == [40, 64, 64, 100]
+    # the least is a least: what is written behind a short prompt fills it
+    assert budgets == [64, 64, 64, 100]
     assert SnapKV(keep=30, min_entries=1).bind(DECODER).groups(DECODER, 0, step=0, n_entries=400)[0].budget == 30
     for whole in (SnapKV(keep=1.0), HACK(keep=1.0)):
         assert whole.bind(DECODER).groups(DECODER, 0, step=0, n_entries=400) == [HeadGroup((0, 1, 2, 3), UNLIMITED)]
@@ -144,7 +145,7 @@ def test_any_cache_method_takes_the_budgets_of_a_profile(run: tuple[LoadedModel,
     info = host_for(model.model).describe(model.model)
     path = str(folder / "run" / "profile.safetensors")
     plans = [one(profile=path, keep=0.3, alpha=0.5).bind(info) for one in (SnapKV, HACK)]
-    for n in (100, 400):
+    for n in (20, 100, 400):
         both = [[(g.heads, g.label) for layer in range(info.n_layers) for g in plan.groups(info, layer, step=0, n_entries=n)] for plan in plans]
         assert both[0] == both[1]
         total = sum(g.budget * len(g.heads) for layer in range(info.n_layers) for g in plans[0].groups(info, layer, step=0, n_entries=n))

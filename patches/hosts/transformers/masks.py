@@ -128,11 +128,16 @@ class LazyMask:
         return self._valid[kv_length]
 
     def new_padding(self, length: int) -> Tensor | None:
-        """(B, length) bool of the last columns, those of this pass: False for padding; None where there is none. Read once for all layers."""
+        """(B, length) bool of the columns of this pass: False for padding; None where there is none. Read once for all layers.
+
+        As everywhere, past the padding mask's end nothing is valid.
+        """
         if self.padding is None or self._has_ones_only(self.padding):
             return None
         if length not in self._new:
-            newest = self.padding[:, -length:].bool()
+            first = int(self.q_offset)
+            newest = self.padding[:, first : first + length].bool()
+            newest = torch.nn.functional.pad(newest, (0, length - newest.shape[1]))
             self._new[length] = None if bool(newest.all()) else newest
         return self._new[length]
 

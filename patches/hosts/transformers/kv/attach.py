@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from accel.errors import UnsupportedError
 from accel.handle import Handle
@@ -32,53 +32,78 @@ def compress_caches(
     why_skipped: Callable[[nn.Module, int], str | None],
 ) -> None:  # fmt: skip
     """Attaches the method to every layer with a cache that grows. why_skipped: names the reason where a layer's attention is of another kind."""
-    runtime = Runtime(method, info, weakref.ref(handle))
+    runtime = Runtime(method, info, handle)
     if all(group.budget >= UNLIMITED for layer in range(info.n_layers) for group in method.groups(info, layer, step=0, n_entries=1)):
         handle.notices.append(f"{method.method_name()}: keeps every cache entry with these options; nothing was changed for it")
         return
     for module in modules:
         layer: int = module.layer_idx   # type: ignore[assignment]
-        if (reason := why_skipped(module, layer)) is not None:
+        if (reason := why_skipped(module, layer) or _why_shared(module)) is not None:
             handle.skipped_layers[layer] = f"cache left whole: {reason}"
             continue
         config: Any = module.config
         original = original_of(config._attn_implementation) or config._attn_implementation
         switch_implementation(config, register(original), handle)
+        runtime.first = layer if runtime.first is None else runtime.first
         slot = KVSlot(runtime, layer)
         handle.set_attr(module, KV_SLOT, slot)
         handle.on_undo(module.register_forward_pre_hook(Hook(partial(_begin, slot)), with_kwargs=True).remove)
         handle.on_undo(module.register_forward_hook(Hook(partial(_end, slot)), with_kwargs=True, always_call=True).remove)
         if layer not in handle.patched_layers:
             handle.patched_layers.append(layer)
+    for layer in set(range(info.n_layers)).difference(handle.patched_layers, handle.skipped_layers):
+        kind = info.layer_types[layer]
+        reason = "its attention does not go through transformers' interface" if kind == "full_attention" else kind.replace("_", " ")
+        handle.skipped_layers[layer] = f"cache left whole: {reason}"
     handle.set_attr(base, MARK, Mark([method.method_name()]))
     handle.on_pause(partial(setattr, runtime, "is_on"))
     _hook_prompt(base, runtime, handle)
 
 
+def _why_shared(module: nn.Module) -> str | None:
+    """Why other layers would miss what this one drops, or the other way round, or None."""
+    if not hasattr(module, "is_kv_shared_layer"):
+        is_shared = "shared_kv_states" in inspect.signature(type(module).forward).parameters
+    else:
+        is_shared = bool(module.is_kv_shared_layer or getattr(module, "store_full_length_kv", False))
+    return "layers share its keys and values" if is_shared else None
+
+
 def _begin(slot: KVSlot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    outside_graph(_bind, slot, kwargs)
+    outside_graph(_bind, slot, module, args, kwargs)
 
 
 def _end(slot: KVSlot, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     outside_graph(slot.bind, None, None)
 
 
-def _bind(slot: KVSlot, kwargs: dict[str, Any]) -> None:
+def _bind(slot: KVSlot, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Makes the layer of the call's cache one that can lose entries, and names it to the attention function."""
     slot.bind(None, None)
-    runtime, cache = slot.runtime, cache_of(kwargs)
+    runtime, cache = slot.runtime, _cache_among(args, kwargs)
     if runtime is None or not runtime.is_on or cache is None:
+        return
+    if original_of(module.config._attn_implementation) is None:
+        # another attention was set meanwhile, which knows nothing of what is left in a compressed cache
         return
     if (reason := _why_unsupported(cache, slot.layer)) is not None:
         raise UnsupportedError(f"{runtime.method.method_name()} cannot drop entries of {reason}; use DynamicCache, or pause the handle")
     shared = vars(cache).setdefault(SHARED, {})
     layer = _compressed_layer(cache, slot.layer)
-    if layer.seen == 0 and not shared.get("is_counted"):
-        shared["is_counted"] = True
+    if slot.layer == runtime.first and not layer.is_counted:
+        # a new cache, or one that was emptied
+        layer.is_counted = True
+        shared.clear()
         runtime.stats.begin()
     if runtime.pass_text is not None:
         layer.spare(runtime.pass_text)
     slot.bind(layer, shared)
+
+
+def _cache_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The cache among an attention module's arguments, whose names differ between families."""
+    found = cache_of(kwargs)
+    return next((value for value in (*kwargs.values(), *args) if isinstance(value, Cache)), None) if found is None else found
 
 
 def _compressed_layer(cache: Any, number: int) -> CompressedLayer:
@@ -97,8 +122,9 @@ def _why_unsupported(cache: Any, number: int) -> str | None:
         return "an offloaded cache"
     if not hasattr(cache, "layers"):
         return f"a {type(cache).__name__}"
-    layer = cache.layers[number] if number < len(cache.layers) else None
-    return None if layer is None or type(layer) in (DynamicLayer, LogicalLayer, CompressedLayer) else f"a {type(layer).__name__}"
+    # a cache that grows by layers makes the next one of this class
+    kind = type(cache.layers[number]) if number < len(cache.layers) else getattr(cache, "layer_class_to_replicate", None) or DynamicLayer
+    return None if kind in (DynamicLayer, LogicalLayer, CompressedLayer) else f"a {getattr(kind, '__name__', kind)}"
 
 
 def _hook_prompt(base: Any, runtime: Runtime, handle: Handle) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -31,26 +30,34 @@ EVICTED = "entries were evicted per head"
 
 @dataclass
 class Runtime:
-    """One method in one model. pass_text: (B, L) bool, which tokens of the pass in hand are text; None in a model without pictures, and decoding."""
+    """One method in one model. handle: kept alive by the model, whoever throws it away. first: the first layer that is compressed."""
 
     method: KVCompression
     info: ModelInfo
-    handle_ref: weakref.ref[Handle]
+    handle: Handle
+    first: int | None = None
     is_on: bool = True
-    pass_text: Tensor | None = None
+    _local: threading.local = field(default_factory=threading.local)
+
+    @property
+    def pass_text(self) -> Tensor | None:
+        """(B, L) bool: which tokens of the pass that this thread is in are text; None in a model without pictures, and decoding."""
+        found: Tensor | None = getattr(self._local, "text", None)
+        return found
+
+    @pass_text.setter
+    def pass_text(self, is_text: Tensor | None) -> None:
+        self._local.text = is_text
 
     @property
     def stats(self) -> CacheStats:
         """Looked up at every call: `stats.reset()` starts new counters."""
-        handle = self.handle_ref()
-        assert handle is not None   # the modules' hooks hold it
-        return handle.stats.cache
+        return self.handle.stats.cache
 
     def count_beside(self, layer: int) -> None:
         """Counts a call that a sparse method beside this one could not plan."""
-        handle = self.handle_ref()
-        if handle is not None and any(m.kind == "sparse_attention" for m in handle.methods):
-            handle.stats.layer(layer).dense_calls[EVICTED] += 1
+        if any(m.kind == "sparse_attention" for m in self.handle.methods):
+            self.handle.stats.layer(layer).dense_calls[EVICTED] += 1
 
 
 class KVSlot:
@@ -128,15 +135,25 @@ class KVCall:
             return
         n_entries = layer.n_entries
         valid = mask.valid_keys(n_entries) if isinstance(mask, LazyMask) else None
+        if valid is not None:
+            # masks are built on one device, layers may lie on others
+            valid = valid.to(self.k.device)
         with torch.no_grad():
             self._note(layer.whole_index(len(self.k))[:, -self.q.shape[2] :])
             if self.needs.attention_mass:
-                received = mean_attention(self.q, self.k, scale=self.scale, is_causal=True, key_mask=valid, softcap=self.softcap) * self.q.shape[2]
-                received = _over_group(received, self.k.shape[1])
-                layer.mass = received if layer.mass is None else received + nn.functional.pad(layer.mass, (0, self.q.shape[2]))
+                received = _over_group(self._received(valid), self.k.shape[1])
+                # entries that came in passes the method did not see have got nothing so far
+                layer.mass = received if layer.mass is None else received + nn.functional.pad(layer.mass, (0, n_entries - layer.mass.shape[2]))
             if self._is_asked():
                 self._first_eviction(valid)
         stats.add_layer(self.number, held=layer.held_bytes(), whole=self._whole_bytes())
+
+    def _received(self, valid: Tensor | None) -> Tensor:
+        """(B, Hq, N) fp32: the attention that each entry receives from the queries of this pass together. valid: (B, N) bool."""
+        length = self.q.shape[2]
+        # rows on padding are not in the mean
+        n_rows: int | Tensor = length if valid is None else valid[:, -length:].sum(1)[:, None, None]
+        return mean_attention(self.q, self.k, scale=self.scale, is_causal=True, key_mask=valid, softcap=self.softcap) * n_rows
 
     def _first_eviction(self, valid: Tensor | None) -> None:
         layer = self.layer
@@ -213,6 +230,8 @@ class KVCall:
             reasons.append("a mask was given explicitly, over entries of which some are gone")
         elif isinstance(mask, LazyMask) and not mask.is_plain_causal and self.q.shape[2] > 1:
             reasons.append("several new tokens with a mask that is not plain causal")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v)):
+            reasons.append("gradients are asked for, and what was dropped would have none; call the model under torch.no_grad()")
         if reasons:
             raise UnsupportedError(f"layer {self.number} has lost cache entries to {self.runtime.method.method_name()}", reasons)
 
@@ -221,7 +240,6 @@ class KVCall:
     def _note(self, numbers: Tensor) -> None:
         """Counts the pass, and keeps its newest queries where the method will want to see them. numbers: (B, L) of its tokens."""
         layer, length, wanted = self.layer, self.q.shape[2], self.needs.n_queries
-        layer.n_taken += length
         if length > 1 or layer.n_prompt == 0:
             layer.n_prompt, layer.n_steps = layer.n_taken, 0
         else:

@@ -229,14 +229,14 @@ def _before(index: Tensor, seen: int) -> tuple[Tensor, int]:
     return index.masked_fill(~is_left, -1)[:, :n], n
 
 
-_SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer, LogicalLayer, StaticLogicalLayer)
+_SUPPORTED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 def why_unsupported(cache: Any) -> str | None:
     """Why tokens cannot be dropped on this cache, or None."""
     if getattr(cache, "offloading", False):
         return "an offloaded cache"
-    strangers = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in _SUPPORTED})
+    strangers = sorted({type(layer).__name__ for layer in cache.layers if type(layer) not in _SUPPORTED and not isinstance(layer, _Armed)})
     return f"a cache with layers of type {', '.join(strangers)}" if strangers else None
 
 

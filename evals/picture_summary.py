@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accel.evals.controls import Control
@@ -172,7 +173,11 @@ def series_of(record: SampleRecord) -> str:
     """The methods of a sample with those options that are neither the budget nor a seed: one line of a plot."""
     names = []
     for [(name, options)] in (entry.items() for entry in record.options):
-        kept = ", ".join(f"{option}={value}" for option, value in options.items() if option not in ("keep", "seed"))
+        # of a file its name, as in labels
+        kept = ", ".join(
+            f"{option}={Path(value).name if isinstance(value, str) and '/' in value else value}"
+            for option, value in options.items() if option not in ("keep", "seed")
+        )  # fmt: skip
         names.append(f"{name}({kept})" if kept else name)
     return " + ".join(names) or BASELINE
 

@@ -110,7 +110,7 @@ def keep_plot(
                 axes.errorbar(places, [r["score"] for r in mine], yerr=errors, label=_short_floats(series), color=colour, marker="o",
                               markersize=5, linewidth=1.8, capsize=3, elinewidth=1)  # fmt: skip
         found = sorted({r["share"] for r in rows if not r["is_baseline"]})
-        shares = [share for share in _TENTHS if found[0] / 1.25 <= share <= found[-1] * 1.25] if is_measured else _apart(found)
+        shares = _apart([share for share in _TENTHS if found[0] / 1.25 <= share <= found[-1] * 1.25] if is_measured else found)
         axes.set_xscale("log")
         # a single budget gives the axis no extent
         axes.set_xlim(found[0] / 1.25, found[-1] * 1.25)

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from accel.errors import OptionError, UnsupportedError
-from accel.patches._cache import attention_received, budget, largest, mean_of_pairs, n_tokens, newest, scales_needed
-from accel.patches._head_budgets import CONTEXTUAL, STRUCTURAL, HeadBudgets
+from accel.patches._cache import attention_received, budget, largest, n_tokens, newest, scales_needed
+from accel.patches._head_budgets import CONTEXTUAL, STRUCTURAL, ScoredCache
 from accel.patches._head_decoupled import cache_budgets, prior_scores
 from accel.patches._head_plan import HeadPlan
 from accel.patches._head_profile import Shapes, named
@@ -27,7 +26,7 @@ SINKS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class HACK(HeadBudgets):
+class HACK(ScoredCache):
     """Contextual heads, whose queries all read the same few entries, keep few; structural heads keep more, and where things stand (arXiv 2504.09261).
 
     keep: share of all tokens of all scales, or of a decoder's prompt, that a head keeps as a mean (1 − ρ), as a float; or how many, as an int.
@@ -39,7 +38,6 @@ class HACK(HeadBudgets):
     middle_share, recent_policy: what structural heads keep where not even the scale being made fits, see `structural_index`.
     merge: contextual heads merge what they drop at the last scale into the most similar entry they keep, "lookm" by the published average,
         "normalised" by one whose weights sum to 1; None drops. renorm_keys: merged keys get unit length. Decoders drop.
-    share_cfg_selection: both rows of a guided picture keep the same entries.
     selectors, protect: for ablations: both kinds choose the "contextual" way, the "structural" one, or "swapped"; structural heads protect nothing.
     mode: "decoupled" is HACK++: `keep` bounds what attention reads, `cache_keep` (None: a third of it) what stays, divided among layers, kinds and
         scales by how much later scales rely on it to the power of `reliance_power`; structural heads choose without a product. It needs a profile.
@@ -58,7 +56,6 @@ class HACK(HeadBudgets):
     recent_policy: Literal["grid", "score"] = "grid"
     merge: Literal["lookm", "normalised"] | None = "lookm"
     renorm_keys: bool = False
-    share_cfg_selection: bool = False
     selectors: Literal["own", "contextual", "structural", "swapped"] = "own"
     protect: bool = True
     mode: Literal["coupled", "decoupled"] = "coupled"
@@ -76,7 +73,7 @@ class HACK(HeadBudgets):
         require_number(self, "middle_share", 0, 1)
         require_choice(self, "recent_policy", ("grid", "score"))
         require(self, self.merge in ("lookm", "normalised", None), f"merge must be lookm, normalised or None, got {self.merge!r}")
-        for name in ("renorm_keys", "share_cfg_selection", "protect"):
+        for name in ("renorm_keys", "protect"):
             require_flag(self, name)
         require_choice(self, "selectors", ("own", "contextual", "structural", "swapped"))
         require_choice(self, "mode", ("coupled", "decoupled"))
@@ -229,7 +226,7 @@ class HACK(HeadBudgets):
             return self._select_of_prompt(ctx, group, is_pooled=not chooses_structurally)
         if self.mode == "decoupled":
             return self._select_decoupled(ctx, group)
-        scores = self._over_pairs(attention_received(ctx, query_sample(ctx, self.n_queries)), ctx)
+        scores = self.over_pairs(attention_received(ctx, query_sample(ctx, self.n_queries)), ctx)
         if chooses_structurally and self.protect:
             return Retain(structural_index(
                 ctx, scores, group.budget, n_protected=self._n_first(ctx), middle_share=self.middle_share, recent_policy=self.recent_policy
@@ -265,7 +262,7 @@ class HACK(HeadBudgets):
             scores = F.max_pool1d(mean, POOL, stride=1, padding=POOL // 2)
         else:
             scores = prior_scores(ctx, self._profile.scale_use[ctx.layer, list(group.heads)])
-        scores = self._over_pairs(scores, ctx)
+        scores = self.over_pairs(scores, ctx)
         index = largest(scores, group.budget)
         n_read = min(self._n_read(ctx, group), scores.shape[2])
         return Retain(index, attend_index=None if n_read == group.budget else largest(scores, n_read))
@@ -278,9 +275,6 @@ class HACK(HeadBudgets):
 
     def _n_first(self, ctx: CompressionContext) -> int:
         return self._plans[None].n_protected if None in self._plans else self.n_first(ctx.scale_shapes)
-
-    def _over_pairs(self, scores: Tensor, ctx: CompressionContext) -> Tensor:
-        return mean_of_pairs(scores, ctx) if self.share_cfg_selection else scores
 
     @classmethod
     def calibration(cls) -> Calibration | None:

@@ -49,9 +49,13 @@ def test_the_command_prints_both_baselines_and_writes_its_numbers(
     words = ["--shape", "var-d16", "--method", "hack", "--method", "h2o", "--keeps", "0.5", "--repeats", "1", "--warmup", "0", "--out", str(out)]
     assert main(words) == 0
     text = capsys.readouterr().out
-    for part in ("h2o(keep=0.5)", "hack has a planted profile", "as published (fp32 keys", "all 3 layers, 2 rows"):
+    for part in ("h2o(keep=0.5)", "have a planted one", "as published (fp32 keys", "all 3 layers, 2 rows"):
         assert part in text
-    assert [row["label"] for row in json.loads(out.read_text())["rows"]] == ["dense", "hack(keep=0.5)", "h2o(keep=0.5)"]
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["label"] for row in rows] == ["dense", "hack(keep=0.5)", "h2o(keep=0.5)"]
+    # what can do without a profile has even budgets: 14 entries of which 14 fit, keys and values, and the attention received
+    assert rows[2]["cache_bytes"] == 2 * 4 * 14 * (64 + 4)
+    assert rows[1]["cache_bytes"] < rows[2]["cache_bytes"]
 
 
 @pytest.mark.parametrize(

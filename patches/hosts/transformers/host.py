@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel.errors import PatchError, UnsupportedError
 from accel.handle import Handle
+from accel.patches.hosts.decoder_config import decoder_sizes
 from accel.patches.hosts.identity import fingerprint, is_next_scale, unwrapped
 from accel.protocols import KVCompression, Method, ModelInfo, SparseAttention, TokenPruning
 
@@ -43,28 +44,17 @@ def describe(model: Any) -> ModelInfo:
     from accel.patches.hosts.transformers.layers import attention_modules
 
     base = unwrapped(model)
-    decoder = _decoder(base)
-    text = base.config.get_text_config(decoder=True)
-    n_layers = int(getattr(text, "num_hidden_layers", 0))
-    n_heads = int(getattr(text, "num_attention_heads", 0))
-    modules = attention_modules(decoder)
-    head_dim = getattr(modules[0], "head_dim", None) if modules else None
-    return ModelInfo(
-        family=base.config.model_type,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=int(getattr(text, "num_key_value_heads", None) or n_heads or 1),
-        head_dim=int(head_dim or getattr(text, "head_dim", None) or text.hidden_size // max(n_heads, 1)),
-        layer_types=tuple(_layer_type(text, i) for i in range(n_layers)),
+    modules = attention_modules(_decoder(base))
+    info = ModelInfo(
+        **decoder_sizes(base.config),
         device=base.device.type,
         dtype=str(base.dtype).removeprefix("torch."),
-        max_positions=_max_positions(text),
-        has_vision=hasattr(base.config, "vision_config"),
         has_cls=_has_cls(base),
-        has_multimodal_rope="mrope_section" in (getattr(text, "rope_parameters", None) or {}),
-        hidden_size=getattr(text, "hidden_size", None),
         fingerprint=lambda: fingerprint(base),
     )
+    # some families keep their heads' width in the layers alone
+    head_dim = getattr(modules[0], "head_dim", None) if modules else None
+    return replace(info, head_dim=int(head_dim)) if head_dim else info
 
 
 def attach(model: Any, methods: Sequence[Method], info: ModelInfo, handle: Handle) -> None:
@@ -182,20 +172,3 @@ def _has_cls(base: Any) -> bool:
 
     family = families().get(base.config.model_type)
     return family is not None and any(tower.prefix for tower in family.towers(base.base_model).values())
-
-
-def _max_positions(text_config: Any) -> int | None:
-    """Positions the model was made for; some kinds of RoPE scaling leave `max_position_embeddings` at the unscaled number."""
-    positions: int | None = getattr(text_config, "max_position_embeddings", None)
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if positions is None or not isinstance(rope.get("factor"), int | float):
-        return positions
-    return max(positions, int(rope.get("original_max_position_embeddings", positions) * rope["factor"]))
-
-
-def _layer_type(text_config: Any, layer: int) -> str:
-    types = getattr(text_config, "layer_types", None)
-    if types:
-        return str(types[layer])
-    # Mistral, Phi-3, Mixtral and their kin have one window for all layers, or none
-    return "full_attention" if getattr(text_config, "sliding_window", None) is None else "sliding_attention"

@@ -410,6 +410,17 @@ class TokenPruning(Method):
         """
         return None
 
+    def picture_count(self, stage: Stage, units: Sequence[Unit]) -> list[int] | None:
+        """Like `count`, of each image or video in order: known also where its tiles or frames compete, as long as pictures do not."""
+        counts = self.count(stage, units)
+        if counts is None:
+            return None
+        found: dict[tuple[Any, ...], int] = {}
+        for unit, n in zip(units, counts, strict=True):
+            picture = (unit.sequence, unit.modality, unit.picture)
+            found[picture] = found.get(picture, 0) + n
+        return list(found.values())
+
     def observe(self) -> Sequence[Observation]:
         """What the host must record for `select`."""
         return ()

@@ -32,11 +32,11 @@ class LayerStats:
         """Share of the causal tiles that sparse calls computed; None before the first sparse call."""
         return self.active_tiles / self.causal_tiles if self.causal_tiles else None
 
-    def count_sparse(self, tiles: Tensor, *, is_deferred: bool) -> None:
-        """Adds one sparse call. tiles: active and causal tiles, (2,) int64. is_deferred: they are read when somebody asks for the counters."""
+    def count_sparse(self, tiles: Tensor, *, is_deferred: bool, calls: int = 1) -> None:
+        """Adds sparse calls. tiles: their active and causal tiles, (2,) int64. is_deferred: they are read when somebody asks for the counters."""
         if not is_deferred:
             active, causal = tiles.tolist()
-            self._add(1, active, causal)
+            self._add(calls, active, causal)
             return
         if self.unread is not None and self.unread.device != tiles.device:
             # the model has moved
@@ -44,7 +44,7 @@ class LayerStats:
             self.unread = None
         if self.unread is None:
             self.unread = _three_zeros(tiles)
-        self.unread[0] += 1
+        self.unread[0] += calls
         self.unread[1:] += tiles
 
     def settle(self) -> None:

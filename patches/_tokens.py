@@ -263,3 +263,12 @@ class ScopedPruning(ProjectorPruning):
         if any(len(group) > 1 for group in groups(units, self.budget_scope)):
             return None
         return super().count(stage, units)
+
+    def picture_count(self, stage: Stage, units: Sequence[Unit]) -> list[int] | None:
+        """Tokens left of each picture; None where pictures compete, or where that depends on which rows keep a patch."""
+        if self.budget_scope != "image" or (self.newline != "all" and any(unit.n_structural for unit in units)):
+            return super().picture_count(stage, units)
+        return [
+            group_budget([units[u].n_tokens for u in group], self.keep, self.min_tokens) + sum(units[u].n_structural for u in group)
+            for group in groups(units, "image")
+        ]

@@ -199,6 +199,18 @@ class VFlowOpt(TokenPruning):
             left = [budget(n, float(share), self.min_tokens) for n in left]
         return [n + unit.n_structural for n, unit in zip(left, units, strict=True)]
 
+    def picture_count(self, stage: Stage, units: Sequence[Unit]) -> list[int] | None:
+        """Tokens left of each picture, whichever of its tiles or frames they are of."""
+        found = []
+        for group in groups(units, "image"):
+            lens = [units[u].n_tokens for u in group]
+            left = sum(lens)
+            for share in self.shares(self._bound_layers())[: self._number(stage) + 1]:
+                # a unit that has lost tokens still holds its least
+                left = max(budget(left, float(share), self.min_tokens), sum(min(n, self.min_tokens) for n in lens))
+            found.append(left + sum(units[u].n_structural for u in group))
+        return found
+
     # --- importance -----------------------------------------------------------------------------------------------------------
 
     def observe(self) -> Sequence[Observation]:

@@ -61,6 +61,10 @@ class KeyView(ABC):
         blocks: (n,) int64 block indices, the same for every KV head.
         """
 
+    def keeps_means(self, block_size: int) -> bool:
+        """Whether `block_mean` answers from means that were kept, and so costs less than the keys that are read anyway."""
+        return False
+
     def block_mean(self, b: int, block_size: int) -> Tensor:
         """Mean key of each block over its valid tokens, (Hkv, nk, D) fp32. sparse-attention.md §2.6."""
         keys, _ = self.tokens(b)

@@ -91,12 +91,15 @@ class ImplicitPlan(BlockPlan):
 
     def block_mask(self, rows: Rows) -> Tensor:
         distance = causal_blocks(rows, self.block_size)
-        keep = distance < self.window_blocks
-        keep[:, : self.sink_blocks] = True
+        return (self.lists(distance, torch.arange(distance.shape[1])) & (distance >= 0))[None]
+
+    def lists(self, distance: Tensor, key_block: Tensor) -> Tensor:
+        """Whether the query block `distance` blocks further on lists the key block; for distances of 0 and more. Waits for no device."""
+        keep = (distance < self.window_blocks) | (key_block < self.sink_blocks)
         if self.powers:
             power = (distance > 0) & (distance & (distance - 1) == 0)
             keep |= power if self.max_power is None else power & (distance <= 2**self.max_power)
-        return (keep & (distance >= 0))[None]
+        return keep
 
     def active_tiles(self, lens: Ragged, n_heads: int) -> Tensor:
         first, n = query_block_range(lens, self.block_size)

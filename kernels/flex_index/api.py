@@ -66,7 +66,10 @@ def flex_index(
             details.append(None)
             continue
         k, _ = keys.tokens(rows.index)
-        found = select_sequence(q[rows.q_start : rows.q_start + rows.q_len], k, rows, rule, scale=scale, softcap=softcap)
+        known: dict[str, Tensor] = {}
+        if chosen == "cpu" and keys.keeps_means(rule.block_size):
+            known["mean_keys"] = keys.block_mean(rows.index, rule.block_size)
+        found = select_sequence(q[rows.q_start : rows.q_start + rows.q_len], k, rows, rule, scale=scale, softcap=softcap, **known)
         draft.add(rows, found)
         details.append(found.diagnostics)
     if rule.gqa_mode == "group_union":

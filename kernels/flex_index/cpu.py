@@ -15,10 +15,15 @@ from accel.kernels.flex_index.rule import SelectionRule
 from accel.kernels.flex_index.select import estimate_probe, js_distance, query_aware_tiles, select_lines, slash_block_mass
 
 
-def select_sequence(q: Tensor, k: Tensor, rows: Rows, rule: SelectionRule, *, scale: float, softcap: float | None) -> SequenceSelection:
-    """Blocks of one sequence. q: (L, Hq, D), k: (Hkv, N, D), views in any floating dtype; the arithmetic is fp32."""
+def select_sequence(
+    q: Tensor, k: Tensor, rows: Rows, rule: SelectionRule, *, scale: float, softcap: float | None, mean_keys: Tensor | None = None
+) -> SequenceSelection:
+    """Blocks of one sequence. q: (L, Hq, D), k: (Hkv, N, D), views in any floating dtype; the arithmetic is fp32.
+
+    mean_keys: (Hkv, nk, D) fp32, the mean key of each block, where it is known already.
+    """
     scale = rule.scale_of(scale, q.shape[-1])
-    probe = probe_by_best_kernel(q, k, rows, block_size=rule.block_size, scale=scale, softcap=softcap)
+    probe = probe_by_best_kernel(q, k, rows, block_size=rule.block_size, scale=scale, softcap=softcap, mean_keys=mean_keys)
     vertical_mass = sum_blocks(probe.column_mass, rule.block_size)
     slash_mass = slash_block_mass(probe.distance_mass, rule)
     estimate = estimate_probe(probe.mean_query, probe.mean_keys, rows, rule, scale=scale, softcap=softcap)
@@ -45,9 +50,11 @@ def select_sequence(q: Tensor, k: Tensor, rows: Rows, rule: SelectionRule, *, sc
     return SequenceSelection(vertical, slash, heads, extra, is_finite, diagnostics)
 
 
-def probe_by_best_kernel(q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float, softcap: float | None) -> Probe:
+def probe_by_best_kernel(
+    q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float, softcap: float | None, mean_keys: Tensor | None = None
+) -> Probe:
     """The probe by the compiled kernel where attention itself runs on it, and by torch elsewhere."""
-    options: dict[str, Any] = {"block_size": block_size, "scale": scale, "softcap": softcap}
+    options: dict[str, Any] = {"block_size": block_size, "scale": scale, "softcap": softcap, "mean_keys": mean_keys}
     if q.device.type != "cpu":
         return run_probe(q, k, rows, **options)
     if cpu_native.takes(q.dtype, q.shape[2]) and q.dtype == k.dtype and q.stride(-1) == 1 and route_for(q.dtype, "accurate").kernel == "native":

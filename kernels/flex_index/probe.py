@@ -28,11 +28,14 @@ def probe_length(rows: Rows, block_size: int) -> int:
     return min(block_size, rows.q_len)
 
 
-def run_probe(q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float, softcap: float | None) -> Probe:
+def run_probe(
+    q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float, softcap: float | None, mean_keys: Tensor | None = None
+) -> Probe:
     """Reductions of the last rows of one sequence.
 
-    q: (L, Hq, D), k: (Hkv, N, D), views of any floating dtype. One head at a time passes through one (ℓ, N) fp32 buffer that stays in
-    the last-level cache: several times cheaper than all heads at once (kernels.md §3).
+    q: (L, Hq, D), k: (Hkv, N, D), views of any floating dtype. mean_keys: (Hkv, nk, D) fp32, the mean key of each block, where it is known
+    already. One head at a time passes through one (ℓ, N) fp32 buffer that stays in the last-level cache: several times cheaper than all heads
+    at once (kernels.md §3).
     """
     n_heads, n_kv, n = q.shape[1], k.shape[0], rows.kv_len
     length, nk = probe_length(rows, block_size), rows.key_blocks(block_size)
@@ -44,19 +47,22 @@ def run_probe(q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float
     scratch = _Scratch.empty(length, n, q.device)
     column_mass, distance_mass = (queries.new_empty(n_heads, n) for _ in range(2))
     tile_mass = queries.new_empty(n_heads, weights.shape[0], nk)
-    mean_keys = queries.new_empty(n_kv, nk, k.shape[2])
+    means = queries.new_empty(n_kv, nk, k.shape[2]) if mean_keys is None else mean_keys
     for i_kv in range(n_kv):
         keys = k[i_kv].float()
-        mean_keys[i_kv] = grid_means(keys, 0, block_size)
+        if mean_keys is None:
+            means[i_kv] = grid_means(keys, 0, block_size)
         for i_h in range(i_kv * (n_heads // n_kv), (i_kv + 1) * (n_heads // n_kv)):
             row_sum = scratch.fill(scaled[i_h], keys, softcap)
             by_key, distance_mass[i_h] = scratch.reduce(weights / row_sum)
             column_mass[i_h] = by_key.sum(0)
             tile_mass[i_h] = sum_blocks(by_key, block_size)
-    return Probe(column_mass, distance_mass, tile_mass, queries.mean(0), mean_keys)
+    return Probe(column_mass, distance_mass, tile_mass, queries.mean(0), means)
 
 
-def run_native_probe(q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float, softcap: float | None) -> Probe:
+def run_native_probe(
+    q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale: float, softcap: float | None, mean_keys: Tensor | None = None
+) -> Probe:
     """`run_probe` by the compiled CPU kernel, for bf16: two passes over the keys, nothing of size (ℓ, N) stored."""
     n, length = rows.kv_len, probe_length(rows, block_size)
     queries = q[-length:]
@@ -64,7 +70,8 @@ def run_native_probe(q: Tensor, k: Tensor, rows: Rows, *, block_size: int, scale
     split = min(length, -(n - length) % block_size or block_size)
     by_key, distance_mass = native_probe(queries, k, block_size=block_size, split=split, scale=scale, softcap=softcap)
     by_key = by_key.div_(length)[:, : 1 if split == length else 2]
-    mean_keys = torch.stack([grid_means(head.float(), 0, block_size) for head in k])
+    if mean_keys is None:
+        mean_keys = torch.stack([grid_means(head.float(), 0, block_size) for head in k])
     return Probe(by_key.sum(1), distance_mass.div_(length), sum_blocks(by_key, block_size), queries.float().mean(0), mean_keys)
 
 

@@ -17,7 +17,7 @@ from accel.patches.hosts.transformers.pruning.decoder import Decoder
 from accel.patches.hosts.transformers.pruning.observe import encoder_maps, watch
 from accel.patches.hosts.transformers.pruning.prompt import Seen
 from accel.patches.hosts.transformers.pruning.runtime import mark
-from accel.patches.hosts.transformers.pruning.vision import Modality, Tower, VisionFamily
+from accel.patches.hosts.transformers.pruning.vision import Modality, Picture, Tower, VisionFamily
 from accel.protocols import Observation, TokenPruning
 
 
@@ -88,32 +88,35 @@ class Recorder:
             )
         for i, method, o in self.wanted:
             if o.what == "pixel_map":
-                maps[i, o.what] = [method.map_pixels(p) for p in self._grey(modality, call, o)]
-        expected = [n for p in pictures for n in p.segments]
-        for rows in maps.values():
-            if [len(r) for r in rows] != expected:
-                raise UnsupportedError(
-                    f"the encoder attended in stretches of {[len(r) for r in rows]} patches, the adapter {type(self.family).__name__} "
-                    f"expects {expected}"
-                )
-        # one copy for all segments: each would wait for the device
-        flat_maps = {key: torch.cat([r.float() for r in rows]).cpu() for key, rows in maps.items()}
-        found, token, patch = [], 0, 0
-        for picture in pictures:
-            n_patches = sum(picture.segments)
-            own = {key: picture.pooled(values[patch : patch + n_patches]) for key, values in flat_maps.items()}
-            found.append(Seen(picture, own, flat[token : token + len(picture)]))
-            token, patch = token + len(picture), patch + n_patches
-        return found
+                maps[i, o.what] = [method.map_pixels(p) for p in grey_patches(self.family, self.base, modality, call, o)]
+        return seen_pictures(pictures, flat, maps, type(self.family).__name__)
 
-    def _grey(self, modality: Modality, call: dict[str, Any], o: Observation) -> list[Tensor]:
-        """The pixels of each segment as they were before normalisation, (patches, pixels) uint8, mean of the colours."""
-        mean, std = (_per_colour(given, own) for given, own in ((o.pixel_mean, self.family.pixel_mean), (o.pixel_std, self.family.pixel_std)))
-        found = []
-        for patches in self.family.pixel_patches(self.base, modality, call):
-            raw = patches * std.to(patches.device) + mean.to(patches.device)
-            found.append((raw * 255).round().clamp(0, 255).mean(1).round().to(torch.uint8))
-        return found
+
+def seen_pictures(pictures: Sequence[Picture], features: Tensor, maps: dict[tuple[int, str], list[Tensor]], adapter: str) -> list[Seen]:
+    """The pictures with their tokens' scores. features: (tokens of all, D); maps: of each segment of all, (patches,); adapter: for messages."""
+    expected = [n for p in pictures for n in p.segments]
+    for rows in maps.values():
+        if [len(r) for r in rows] != expected:
+            raise UnsupportedError(f"the encoder attended in stretches of {[len(r) for r in rows]} patches, the adapter {adapter} expects {expected}")
+    # one copy for all segments: each would wait for the device
+    flat_maps = {key: torch.cat([r.float() for r in rows]).cpu() for key, rows in maps.items()}
+    found, token, patch = [], 0, 0
+    for picture in pictures:
+        n_patches = sum(picture.segments)
+        own = {key: picture.pooled(values[patch : patch + n_patches]) for key, values in flat_maps.items()}
+        found.append(Seen(picture, own, features[token : token + len(picture)]))
+        token, patch = token + len(picture), patch + n_patches
+    return found
+
+
+def grey_patches(family: VisionFamily, base: Any, modality: Modality, call: dict[str, Any], o: Observation) -> list[Tensor]:
+    """The pixels of each segment as they were before normalisation, (patches, pixels) uint8, mean of the colours."""
+    mean, std = (_per_colour(given, own) for given, own in ((o.pixel_mean, family.pixel_mean), (o.pixel_std, family.pixel_std)))
+    found = []
+    for patches in family.pixel_patches(base, modality, call):
+        raw = patches * std.to(patches.device) + mean.to(patches.device)
+        found.append((raw * 255).round().clamp(0, 255).mean(1).round().to(torch.uint8))
+    return found
 
 
 def _per_colour(given: float | tuple[float, ...] | None, own: tuple[float, ...]) -> Tensor:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from accel.evals.prompt_cache import cache_argument
-from accel.evals.scoring import Scored, decode, device_of, greedy, now, prefill, split_by_answer, token_log_probs
+from accel.evals.scoring import Scored, decode, device_of, greedy, prefill, split_by_answer, token_log_probs
 from accel.evals.tasks import Answer, Sample
+from accel.evals.tasks._rules import RULES
+from accel.evals.timing import Lap, Stopwatch, Times
 from accel.protocols import KVCompression, Method
 
 # of a shared prefill, the last tokens that every method reads itself
@@ -79,17 +81,22 @@ def score_behind_cache(
     if prefix is not None and prefix.prompt_hash != sample.prompt_hash:
         raise ValueError("this prefix is of another prompt")
     with torch.no_grad():
-        begin, n = now(model), n_context(sample)
-        done, cache = (0, None) if prefix is None else (prefix.n_tokens, copy.deepcopy(prefix.cache))
-        first, cache = prefill(model, _ids(model, sample.input_ids[done:n]), cache)
-        prefill_ms = (now(model) - begin) * 1e3
+        n, watch = n_context(sample), Stopwatch(device_of(model))
+        with watch.lap() as reading:
+            done, cache = (0, None) if prefix is None else (prefix.n_tokens, copy.deepcopy(prefix.cache))
+            first, cache = prefill(model, _ids(model, sample.input_ids[done:n]), cache)
+            int(first.argmax(-1))
         if on_prefill:
             on_prefill()
-        scorer = _asked if sample.n_prompt is None else _written
-        return scorer(model, tokenizer, sample, first, cache, prefill_ms)
+        if sample.n_prompt is None:
+            scored = _asked(model, tokenizer, sample, first, cache, reading)
+        else:
+            scored = _written(model, tokenizer, sample, first, cache, reading, watch)
+        # what the shared part took is in none of the times that begin with the prompt, and its energy is nowhere
+        return scored if prefix is None else replace(scored, times=replace(scored.times, ttft_ms=None, e2el_ms=None, energy_j=None))
 
 
-def _asked(model: Any, tokenizer: Any, sample: Sample, first: Tensor, cache: Any, prefill_ms: float) -> Scored:
+def _asked(model: Any, tokenizer: Any, sample: Sample, first: Tensor, cache: Any, reading: Lap) -> Scored:
     log_probs: dict[Answer, float] = {}
     hits: dict[Answer, float] = {}
     texts: dict[Answer, str] = {}
@@ -108,10 +115,11 @@ def _asked(model: Any, tokenizer: Any, sample: Sample, first: Tensor, cache: Any
             log_probs[answer] = sum(p for _, p in tokens)
             hits[answer] = float(tuple(given) == sample.input_ids[answer.start : answer.stop])
             texts[answer] = tokenizer.decode(given)
-    return Scored([log_probs[a] for a in sample.answers], [hits[a] for a in sample.answers], [texts[a] for a in sample.answers], prefill_ms)
+    in_order = [log_probs[a] for a in sample.answers], [hits[a] for a in sample.answers], [texts[a] for a in sample.answers]
+    return Scored(*in_order, reading.ms, Times.of_prompt(reading))
 
 
-def _written(model: Any, tokenizer: Any, sample: Sample, first: Tensor, cache: Any, prefill_ms: float) -> Scored:
+def _written(model: Any, tokenizer: Any, sample: Sample, first: Tensor, cache: Any, reading: Lap, watch: Stopwatch) -> Scored:
     assert sample.n_prompt is not None
     target = torch.tensor(sample.input_ids[sample.n_prompt :], device=first.device)
     rows, own = [first], copy.deepcopy(cache)
@@ -119,12 +127,15 @@ def _written(model: Any, tokenizer: Any, sample: Sample, first: Tensor, cache: A
         rows.append(decode(model, token, own))
     log_probs = token_log_probs(torch.stack(rows), target).tolist()
     del own
-    reply = tokenizer.decode(greedy(model, first, cache, sample.max_new_tokens), skip_special_tokens=True)
+    with watch.lap() as writing:
+        written = greedy(model, first, cache, sample.max_new_tokens)
+    reply = tokenizer.decode(written.tokens, skip_special_tokens=True)
     return Scored(
         log_probs=[sum(log_probs[a.start - sample.n_prompt : a.stop - sample.n_prompt]) for a in sample.answers],
-        hits=[float(a.text.lower() in reply.lower()) for a in sample.answers],
+        hits=[RULES[sample.rule](a.text, reply) for a in sample.answers],
         texts=[reply] * len(sample.answers),
-        prefill_ms=prefill_ms,
+        prefill_ms=reading.ms,
+        times=Times.of_reply(reading, writing, n_output_tokens=written.n_output_tokens, finish_reason=written.finish_reason),
     )
 
 

@@ -6,30 +6,46 @@ Where methods drop cache entries, `accel.evals.cached_scoring` scores instead: o
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from accel.evals.prompt_cache import cache_argument
 from accel.evals.tasks import Answer, Sample
+from accel.evals.tasks._rules import RULES
+from accel.evals.timing import Stopwatch, Times
 
 
 @dataclass(frozen=True)
 class Scored:
     """One entry per answer of the sample.
 
-    log_probs: nats, summed over the tokens of the answer. hits: 1.0 right, 0.0 wrong. texts: what the model answers (teacher-forced samples), or its
-    whole reply. prefill_ms: the prompt alone, first-use costs included.
+    log_probs: nats, summed over the tokens of the answer. hits: 1.0 right, 0.0 wrong, or between by the sample's rule. texts: what the model answers
+    (teacher-forced samples), or its whole reply. prefill_ms: until the first token behind the prompt is known; teacher-forced, of the one pass.
+    batch: samples that were scored together, which all have the figures of the whole batch.
     """
 
     log_probs: list[float]
     hits: list[float]
     texts: list[str]
     prefill_ms: float
+    times: Times = field(default_factory=Times)
+    batch: int = 1
+
+
+class Written(NamedTuple):
+    """A reply without its end token, and why it ended: "stop" at that token, "length" at the most that it may have."""
+
+    tokens: list[int]
+    finish_reason: str
+
+    @property
+    def n_output_tokens(self) -> int:
+        """Tokens that the model wrote, the end token among them."""
+        return len(self.tokens) + (self.finish_reason == "stop")
 
 
 def score(model: Any, tokenizer: Any, sample: Sample, *, on_prefill: Callable[[], None] | None = None) -> Scored:
@@ -47,29 +63,30 @@ def _teacher_forced(model: Any, tokenizer: Any, sample: Sample, on_prefill: Call
     ids = torch.tensor([sample.input_ids], device=device_of(model))
     # the row before a token predicts it
     rows = torch.tensor([i - 1 for a in sample.answers for i in range(a.start, a.stop)], device=ids.device)
-    begin = now(model)
-    logits = _rows_of_logits(model, ids, rows)
-    prefill_ms = (now(model) - begin) * 1e3
+    with Stopwatch(device_of(model)).lap() as prompt:
+        logits = _rows_of_logits(model, ids, rows)
+        guesses = logits.argmax(-1).tolist()
     if on_prefill:
         on_prefill()
     log_probs = token_log_probs(logits, ids[0, rows + 1]).tolist()
-    guesses = logits.argmax(-1).tolist()
     per_answer = split_by_answer(list(zip(guesses, log_probs, strict=True)), sample.answers)
     given = [[guess for guess, _ in tokens] for tokens in per_answer]
     return Scored(
         log_probs=[sum(p for _, p in tokens) for tokens in per_answer],
         hits=[float(tuple(g) == sample.input_ids[a.start : a.stop]) for g, a in zip(given, sample.answers, strict=True)],
         texts=[tokenizer.decode(g) for g in given],
-        prefill_ms=prefill_ms,
+        prefill_ms=prompt.ms,
+        times=Times.of_prompt(prompt),
     )
 
 
 def _generated(model: Any, tokenizer: Any, sample: Sample, on_prefill: Callable[[], None] | None) -> Scored:
     assert sample.n_prompt is not None
     prompt = torch.tensor([sample.input_ids[: sample.n_prompt]], device=device_of(model))
-    begin = now(model)
-    first, cache = prefill(model, prompt)
-    prefill_ms = (now(model) - begin) * 1e3
+    watch = Stopwatch(device_of(model))
+    with watch.lap() as reading:
+        first, cache = prefill(model, prompt)
+        int(first.argmax(-1))
     if on_prefill:
         on_prefill()
     target = torch.tensor(sample.input_ids[sample.n_prompt :], device=prompt.device)
@@ -79,14 +96,17 @@ def _generated(model: Any, tokenizer: Any, sample: Sample, on_prefill: Callable[
         rows.append(step)
     log_probs = token_log_probs(torch.stack(rows), target).tolist()
     spans = [slice(a.start - sample.n_prompt, a.stop - sample.n_prompt) for a in sample.answers]
-    if not _rewind(cache, sample.n_prompt):
+    if not rewind(cache, sample.n_prompt):
         first, cache = prefill(model, prompt)
-    reply = tokenizer.decode(greedy(model, first, cache, sample.max_new_tokens), skip_special_tokens=True)
+    with watch.lap() as writing:
+        written = greedy(model, first, cache, sample.max_new_tokens)
+    reply = tokenizer.decode(written.tokens, skip_special_tokens=True)
     return Scored(
         log_probs=[sum(log_probs[span]) for span in spans],
-        hits=[float(a.text.lower() in reply.lower()) for a in sample.answers],
+        hits=[RULES[sample.rule](a.text, reply) for a in sample.answers],
         texts=[reply] * len(sample.answers),
-        prefill_ms=prefill_ms,
+        prefill_ms=reading.ms,
+        times=Times.of_reply(reading, writing, n_output_tokens=written.n_output_tokens, finish_reason=written.finish_reason),
     )
 
 
@@ -119,22 +139,26 @@ def decode(model: Any, token: Tensor, cache: Any) -> Tensor:
     return logits
 
 
-def greedy(model: Any, logits: Tensor, cache: Any, n_tokens: int) -> list[int]:
-    """The likeliest tokens one after the other, without the end token. Not `generate`: a model's own settings may sample or penalise."""
-    end = model.generation_config.eos_token_id
-    ends = set(end) if isinstance(end, list) else {end}
-    found: list[int] = []
+def greedy(model: Any, logits: Tensor, cache: Any, n_tokens: int) -> Written:
+    """The likeliest tokens one after the other. Not `generate`: a model's own settings may sample or penalise."""
+    ends, found = end_tokens(model), list[int]()
     while True:
         token = logits.argmax(-1)
         if int(token) in ends:
-            return found
+            return Written(found, "stop")
         found.append(int(token))
         if len(found) == n_tokens:
-            return found
+            return Written(found, "length")
         logits = decode(model, token, cache)
 
 
-def _rewind(cache: Any, n_tokens: int) -> bool:
+def end_tokens(model: Any) -> set[int | None]:
+    """The tokens with which a reply ends."""
+    end = model.generation_config.eos_token_id
+    return set(end) if isinstance(end, list) else {end}
+
+
+def rewind(cache: Any, n_tokens: int) -> bool:
     """Cuts the cache back to its first `n_tokens` tokens; False where its layers forget or mix tokens, so that only a new prefill helps."""
     try:
         surplus = int(cache.get_seq_length()) - n_tokens
@@ -163,10 +187,3 @@ def keeps_rows(model: Any) -> bool:
 def device_of(model: Any) -> torch.device:
     device: torch.device = next(iter(model.parameters())).device
     return device
-
-
-def now(model: Any) -> float:
-    """Seconds, when the device has finished."""
-    if device_of(model).type == "cuda":
-        torch.cuda.synchronize(device_of(model))
-    return time.perf_counter()

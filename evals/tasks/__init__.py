@@ -1,6 +1,8 @@
 """Tasks whose prompts are made by code: one file each, found by its name. A file here defines `TASK`; files that start with `_` are helpers.
 
-A task makes samples of one kind: text prompts of a length (`Task`), pictures with a question (`PictureTask`), or pictures to be drawn (`ImageTask`).
+The docstring of a task's file is its card: what it asks, its source and parameters, and what was changed. `python -m accel.evals.tasks` prints
+them. "data:FILE" and "data:HUB/ID" are tasks too, from one's own prompts (`_data.py`). A task makes samples of one kind: text prompts of a length
+(`Task`), pictures with a question (`PictureTask`), or pictures to be drawn (`ImageTask`).
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +25,7 @@ class Answer:
     """One scored answer: tokens start … stop − 1 of the sample, `text` as a reader would write it, `question` for tables.
 
     lead: the token with which its question begins, where questions can be asked each by itself behind what stands before the first of them.
+    depth: where in the prompt the answer is found, or stands, as a share of it; None where that is no one place.
     """
 
     question: str
@@ -29,6 +33,7 @@ class Answer:
     start: int
     stop: int
     lead: int | None = None
+    depth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Sample:
 
     input_ids: prompt and answers, the answers where a perfect model would write them. Teacher forcing scores them in one forward.
     n_prompt: None, or the tokens that are given where the model has to write the answers itself, at most `max_new_tokens` of them.
+    rule: by which a written reply is compared with an answer, a name of `_rules.RULES`. has_template: whether the model's chat template is around
+    the prompt; None where the task's prompts are plain text for every model.
     """
 
     id: int
@@ -45,6 +52,8 @@ class Sample:
     answers: tuple[Answer, ...]
     n_prompt: int | None = None
     max_new_tokens: int = 0
+    rule: str = "contains"
+    has_template: bool | None = None
 
     @property
     def prompt_hash(self) -> str:
@@ -140,6 +149,8 @@ class ImageTask:
 
 
 AnyTask = Task | PictureTask | ImageTask
+# names that begin so are not files here
+OWN_DATA = "data:"
 
 
 @cache
@@ -154,15 +165,27 @@ def group_names() -> list[str]:
 
 
 def load_task(name: str) -> AnyTask:
-    """The task of that name; an unknown name raises OptionError with the closest known one."""
+    """The task of that name, or of one's own data ("data:FILE"); an unknown name raises OptionError with the closest known one."""
+    if name.startswith(OWN_DATA):
+        from accel.evals.tasks._data import data_task
+
+        return data_task(name.removeprefix(OWN_DATA))
     if name not in task_names():
         groups = group_names()
         close = difflib.get_close_matches(name, [*groups, *task_names()], n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise OptionError(f"no task is called {name!r}{hint} Tasks: {', '.join(task_names())}; groups: {', '.join(groups)}")
+        known = f"Tasks: {', '.join(task_names())}; groups: {', '.join(groups)}; {OWN_DATA}FILE for prompts of your own"
+        raise OptionError(f"no task is called {name!r}{hint} {known}")
     task = importlib.import_module(f"accel.evals.tasks.{name}").TASK
     assert isinstance(task, AnyTask)
     return task
+
+
+def card(name: str) -> str:
+    """What a task asks, from where, and what its scores cannot show: the docstring of its file and its caveat."""
+    task = load_task(name)
+    about = importlib.import_module(f"accel.evals.tasks.{name}").__doc__ if name in task_names() else None
+    return "\n\n".join(part.strip() for part in (about, textwrap.fill(task.caveat, 148)) if part)
 
 
 def load_text_task(name: str) -> Task:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,11 @@ class Piece:
 def sample_rng(task: str, seed: int, index: int) -> random.Random:
     """Random numbers of one sample: the same in every process, and for every length, so that lengths can be compared."""
     return random.Random(f"{task}/{seed}/{index}")
+
+
+def random_uuid(rng: random.Random) -> str:
+    """A UUID of version 4 from these random numbers."""
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -80,33 +86,68 @@ def require_length(task: str, n_tokens: int, shortest: int) -> None:
         raise OptionError(f"{task} needs prompts of at least {shortest} tokens with this tokenizer, asked for {n_tokens}")
 
 
+def chat_prompt(tokenizer: Any, turn: str, prefix: str) -> list[int]:
+    """Token ids of the user's turn and the begun reply, in the model's chat template; where it has none, one below the other."""
+    if tokenizer.chat_template is None:
+        return [*opening(tokenizer), *encode(tokenizer, f"{turn}\n{prefix}")]
+    text = tokenizer.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False)
+    return encode(tokenizer, text + prefix)
+
+
 def chat_sample(
     tokenizer: Any, *, task: str, n_tokens: int, most_units: int, question: Callable[[int], str], prefix: str, answer: str, parts: Sequence[str],
-    labels: Sequence[str], max_new_tokens: int, id: int, seed: int,
+    labels: Sequence[str], max_new_tokens: int, id: int, seed: int, depths: Sequence[float] | None = None, rule: str = "contains",
 ) -> Sample:  # fmt: skip
-    """The longest prompt for which prompt and `max_new_tokens` fit into `n_tokens`; the model's chat template around it where there is one.
+    """The longest prompt for which prompt and new tokens fit into `n_tokens`; the model's chat template around it where there is one.
 
     question(k): the user's text with k units of filler. prefix begins the reply; `answer` is what should follow it, `parts` the scored words
-    in it and `labels` their names in tables.
+    in it, `labels` their names in tables and `depths` their places. The model may write `max_new_tokens`, or as many as the answer has where
+    that is more.
     """
     expected = encode_parts(tokenizer, answer, parts)
     reserved = max(max_new_tokens, len(expected.ids))
 
     def prompt(k: int) -> list[int]:
-        if tokenizer.chat_template is None:
-            return [*opening(tokenizer), *encode(tokenizer, f"{question(k)}\n{prefix}")]
-        turn = [{"role": "user", "content": question(k)}]
-        return encode(tokenizer, tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) + prefix)
+        return chat_prompt(tokenizer, question(k), prefix)
 
-    require_length(task, n_tokens, len(prompt(0)) + reserved)
-    low, high = 0, most_units
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if len(prompt(middle)) + reserved <= n_tokens else (low, middle - 1)
-    if low == most_units:
+    shortest = len(prompt(0))
+    require_length(task, n_tokens, shortest + reserved)
+    n_units = _most_that_fit(lambda k: len(prompt(k)), shortest, n_tokens - reserved, most_units)
+    if n_units == most_units:
         raise OptionError(f"{task}: the text for filling ends before {n_tokens} tokens; ask for a shorter length")
-    ids = prompt(low)
+    return written_sample(
+        prompt(n_units), expected, parts=parts, labels=labels, depths=depths, rule=rule, max_new_tokens=reserved, id=id, seed=seed,
+        has_template=tokenizer.chat_template is not None,
+    )  # fmt: skip
+
+
+def _most_that_fit(length: Callable[[int], int], shortest: int, room: int, most: int) -> int:
+    """The most units with which a prompt has at most `room` tokens. shortest: length(0), which fits."""
+    low, n_low, high, guess = 0, shortest, most, min(16, most)
+    while low < high:
+        n = length(guess)
+        if n > room:
+            high = guess - 1
+            guess = (low + high + 1) // 2
+        else:
+            low, n_low = guess, n
+            # as many more as would fill the rest: far fewer prompts are made than by halving alone
+            guess = low + max(1, (room - n_low) * low // max(1, n_low - shortest))
+        guess = min(guess, high)
+    return low
+
+
+def written_sample(
+    prompt: Sequence[int], expected: Piece, *, parts: Sequence[str], labels: Sequence[str], depths: Sequence[float] | None = None, rule: str,
+    max_new_tokens: int, id: int, seed: int, has_template: bool | None = None,
+) -> Sample:  # fmt: skip
+    """A sample whose answers, the parts of `expected`, are to be written behind the prompt."""
+    n = len(prompt)
+    places: Sequence[float | None] = depths or [None] * len(parts)
     answers = tuple(
-        Answer(label, part, start + len(ids), stop + len(ids)) for label, part, (start, stop) in zip(labels, parts, expected.spans, strict=True)
+        Answer(label, part, start + n, stop + n, depth=depth)
+        for label, part, (start, stop), depth in zip(labels, parts, expected.spans, places, strict=True)
     )
-    return Sample(id, seed, (*ids, *expected.ids), answers, n_prompt=len(ids), max_new_tokens=max_new_tokens)
+    return Sample(
+        id, seed, (*prompt, *expected.ids), answers, n_prompt=n, max_new_tokens=max_new_tokens, rule=rule, has_template=has_template
+    )  # fmt: skip

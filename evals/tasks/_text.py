@@ -31,6 +31,14 @@ def sentences() -> tuple[str, ...]:
     return tuple(s for p in paragraphs() for s in re.split(r"(?<=[.!?]) +(?=[A-Z])", p))
 
 
+@cache
+def common_words() -> tuple[str, ...]:
+    """English words of 4 to 10 small letters in the help topics, sorted; names in code and hyphenated words are left out."""
+    from pydoc_data.topics import topics
+
+    return tuple(sorted(set(re.findall(r"(?<![\w.'`*-])[a-z]{4,10}(?![\w'`(*-])", "\n".join(topics[name] for name in sorted(topics))))))
+
+
 def source(module: str) -> str:
     """The source text of one module of `SOURCE_MODULES`."""
     spec = importlib.util.find_spec(module)

@@ -10,7 +10,8 @@ from typing import Any
 
 from accel.errors import OptionError
 from accel.evals.tasks import Answer, Sample, Task
-from accel.evals.tasks._prompts import encode, opening, require_length
+from accel.evals.tasks._code import code_before, modules_from
+from accel.evals.tasks._prompts import opening, require_length
 from accel.evals.tasks._text import SOURCE_MODULES, source
 
 N_SCORED = 512
@@ -24,19 +25,10 @@ def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
 
 
 def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
-    head = opening(tokenizer)
-    require_length("code", n_tokens, len(head) + 1 + N_SCORED)
-    first = (seed + index) % len(SOURCE_MODULES)
-    order = [*SOURCE_MODULES[first:], *SOURCE_MODULES[:first]]
-    ids: list[int] = []
-    for module in order:
-        ids = encode(tokenizer, source(module)) + ids
-        if len(ids) >= n_tokens - len(head):
-            break
-    else:
-        raise OptionError(f"code: the sources of {len(order)} modules end before {n_tokens} tokens; ask for a shorter length")
-    ids = head + ids[len(ids) - (n_tokens - len(head)) :]
-    answers = (Answer(f"{order[0]}, token {i - n_tokens}", tokenizer.decode([ids[i]]), i, i + 1) for i in range(n_tokens - N_SCORED, n_tokens))
+    require_length("code", n_tokens, len(opening(tokenizer)) + 1 + N_SCORED)
+    module, *more = modules_from(seed + index)
+    ids = code_before(tokenizer, "code", source(module), more, n_tokens)
+    answers = (Answer(f"{module}, token {i - n_tokens}", tokenizer.decode([ids[i]]), i, i + 1) for i in range(n_tokens - N_SCORED, n_tokens))
     return Sample(index, seed, tuple(ids), tuple(answers))
 
 

@@ -40,6 +40,7 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     return chat_sample(
         tokenizer, task="key_value", n_tokens=n_tokens, most_units=len(others), question=question, prefix=f'"{key}": "',
         answer=value, parts=[value], labels=[f"{key} (at {depth:.0%})"], max_new_tokens=len(encode(tokenizer, value)) + SLACK, id=index, seed=seed,
+        depths=[depth],
     )  # fmt: skip
 
 

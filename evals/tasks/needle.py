@@ -42,14 +42,14 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     answers = []
     at = n_tokens - len(tail) + len(tail_start)
     for i in TAIL_ORDER:
-        answers.append(_answer(facts[i], at, f"{keys[i]} (at {DEPTHS[i]:.0%})", numbers[i]))
+        answers.append(_answer(facts[i], at, keys[i], numbers[i], DEPTHS[i]))
         at += len(facts[i].ids)
     return Sample(index, seed, tuple(ids), tuple(answers))
 
 
-def _answer(fact: Piece, at: int, question: str, number: str) -> Answer:
+def _answer(fact: Piece, at: int, key: str, number: str, depth: float) -> Answer:
     [(start, stop)] = fact.spans
-    return Answer(question, number, at + start, at + stop, lead=at)
+    return Answer(f"{key} (at {depth:.0%})", number, at + start, at + stop, lead=at, depth=depth)
 
 
 TASK = Task(samples)

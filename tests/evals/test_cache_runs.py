@@ -21,7 +21,7 @@ from accel.registry import build
 TOKENS = 1024
 CONTROLS = ("random_kv", "streaming_kv")
 KEEPS = (0.5, 0.2)
-TASKS = ["needle", "niah_single"]
+TASKS = ["needle", "needle_map"]
 
 
 def variants() -> dict[str, list[Any]]:
@@ -70,7 +70,7 @@ def test_records_hold_the_bytes_of_prompt_and_peak(finished: tuple[RunFolder, li
         # whole: of the prompt and what was asked behind it
         per_token = 2 * 3 * 2 * 16 * 4
         n_tokens = cache["whole_bytes"] / per_token
-        assert record.n_tokens < n_tokens <= record.n_tokens + 32 if record.task == "niah_single" else n_tokens < record.n_tokens
+        assert record.n_tokens < n_tokens <= record.n_tokens + 32 if record.task == "needle_map" else n_tokens < record.n_tokens
 
 
 def test_dropped_entries_change_scores(finished: tuple[RunFolder, list[dict[str, Any]]]) -> None:
@@ -100,7 +100,7 @@ def test_the_table_tells_bytes_and_the_figure_has_a_line_per_method(finished: tu
     assert len({len(row) for row in table.rows}) == 1
     pytest.importorskip("matplotlib")
     figures = cache_figures(finished[1])
-    assert [figure.title for figure in figures] == ["needle at 1K", "niah_single at 1K"]
+    assert [figure.title for figure in figures] == ["needle at 1K", "needle_map at 1K"]
     assert {series_of(row) for row in finished[1]} == {"dense", "snapkv(every=16)", "random_kv(every=16)", "streaming_kv(every=16)"}
     assert all("cache bytes at their peak" in figure.svg for figure in figures)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from accel.evals import scoring
+from accel.evals.cached_scoring import score_behind_cache
 from accel.evals.scoring import score, token_log_probs
 from accel.evals.tasks import Answer, Sample
+from accel.evals.tasks._rules import RULES
 
 VOCABULARY = 256
 
@@ -139,6 +142,16 @@ def test_an_answer_inside_the_reply_counts() -> None:
     elsewhere = Sample(0, 0, sample.input_ids, (Answer("q", "nowhere", 40, 42),), n_prompt=40, max_new_tokens=6)
     assert score(model, byte_tokenizer(), inside).hits == [1.0]
     assert score(model, byte_tokenizer(), elsewhere).hits == [0.0]
+
+
+@pytest.mark.parametrize("scorer", [score, score_behind_cache], ids=["whole", "behind a cache"])
+def test_replies_are_compared_by_the_rule_of_their_sample(scorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+    monkeypatch.setitem(RULES, "half", lambda answer, reply: asked.append((answer, reply)) or 0.5)  # type: ignore[func-returns-value]
+    sample = replace(sample_of(random_ids(48), (41, 44), n_prompt=40, max_new_tokens=4), rule="half")
+    scored = scorer(tiny_model(), byte_tokenizer(), sample)
+    assert scored.hits == [0.5]
+    assert asked == [(sample.answers[0].text, scored.texts[0])]
 
 
 @pytest.mark.parametrize("n_prompt", [None, 40], ids=["forced", "generated"])

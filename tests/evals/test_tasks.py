@@ -10,13 +10,22 @@ from tiny_llama import byte_tokenizer
 
 from accel.errors import OptionError, UnsupportedError
 from accel.evals.scenes import FAMILIES
-from accel.evals.tasks import Sample, expand_names, load_task, load_text_task, task_names
-from accel.evals.tasks._prompts import encode_parts, insert
+from accel.evals.tasks import Sample, card, expand_names, load_task, load_text_task, task_names
+from accel.evals.tasks._prompts import _most_that_fit, encode_parts, insert
 from accel.evals.tasks._words import TOPICS
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-FORCED, RULER = ("needle", "fewshot", "code"), ("niah_single", "niah_multikey", "variable_tracking")
-CHAT = (*RULER, "key_value")
+FORCED = ("needle", "fewshot", "code", "perplexity")
+RULER = (
+    "cwe", "fwe", "niah_multikey_1_prose", "niah_multikey_2", "niah_multikey_3", "niah_multiquery_prose", "niah_multivalue_prose", "niah_single_1",
+    "niah_single_2_prose", "niah_single_3_prose", "vt",
+)  # fmt: skip
+INFINITEBENCH = ("kv_retrieval", "number_string", "passkey")
+CHAT = (*RULER, *INFINITEBENCH, "key_value", "needle_map", "action_items")
+# the model writes, behind plain text
+WRITTEN = (*CHAT, "code_line")
+# thirty times ten words do not fit into 5009 bytes
+LONGER = {"cwe": 7001}
 # bytes are short tokens: these lengths are those of prompts of about 700 and 2000 words
 LENGTHS = (5009, 12001)
 
@@ -43,7 +52,7 @@ def text_of(tokenizer: Any, sample: Sample, stop: int | None = None) -> str:
 
 
 def test_tasks_are_the_files_of_the_folder() -> None:
-    assert {name for name in task_names() if load_task(name).kind == "text"} == {*FORCED, *CHAT}
+    assert {name for name in task_names() if load_task(name).kind == "text"} == {*FORCED, *WRITTEN}
 
 
 @pytest.mark.parametrize("n_tokens", LENGTHS)
@@ -58,6 +67,7 @@ def test_forced_prompts_have_exactly_the_length_asked_for(name: str, n_tokens: i
 @pytest.mark.parametrize("n_tokens", LENGTHS)
 @pytest.mark.parametrize("name", CHAT)
 def test_chat_prompts_fill_what_the_reply_leaves(name: str, n_tokens: int, chat_tokenizer: Any) -> None:
+    n_tokens = max(n_tokens, LONGER.get(name, 0))
     [sample] = made(name, chat_tokenizer, n_tokens)
     assert sample.n_prompt is not None
     assert sample.n_prompt + sample.max_new_tokens <= n_tokens
@@ -66,9 +76,9 @@ def test_chat_prompts_fill_what_the_reply_leaves(name: str, n_tokens: int, chat_
     assert sample.n_prompt + sample.max_new_tokens > n_tokens - 1100
 
 
-@pytest.mark.parametrize("name", [*FORCED, *CHAT])
+@pytest.mark.parametrize("name", [*FORCED, *WRITTEN])
 def test_the_answers_stand_where_they_are_said_to(name: str, chat_tokenizer: Any) -> None:
-    for sample in made(name, chat_tokenizer, 5009, n=2):
+    for sample in made(name, chat_tokenizer, LONGER.get(name, 5009), n=2):
         assert sample.answers
         for answer in sample.answers:
             found = chat_tokenizer.decode(sample.input_ids[answer.start : answer.stop])
@@ -76,15 +86,16 @@ def test_the_answers_stand_where_they_are_said_to(name: str, chat_tokenizer: Any
             assert found.strip() == answer.text.strip()
 
 
-@pytest.mark.parametrize("name", [*FORCED, *CHAT])
+@pytest.mark.parametrize("name", [*FORCED, *WRITTEN])
 def test_a_seed_fixes_the_prompts(name: str, tokenizer: Any) -> None:
-    assert made(name, tokenizer, 5009, n=2) == made(name, tokenizer, 5009, n=2)
-    first, second = made(name, tokenizer, 5009, n=2)
-    [other] = made(name, tokenizer, 5009, seed=7)
+    n_tokens = LONGER.get(name, 5009)
+    first, second = made(name, tokenizer, n_tokens, n=2)
+    assert made(name, tokenizer, n_tokens, n=2) == [first, second]
+    [other] = made(name, tokenizer, n_tokens, seed=7)
     assert len({s.prompt_hash for s in (first, second, other)}) == 3
 
 
-@pytest.mark.parametrize("name", FORCED)
+@pytest.mark.parametrize("name", ["needle", "fewshot", "code"])
 def test_the_scored_end_is_the_same_at_every_length(name: str, tokenizer: Any) -> None:
     (short,), (long,) = (made(name, tokenizer, n) for n in LENGTHS)
     scored = LENGTHS[0] - short.answers[0].start
@@ -92,7 +103,7 @@ def test_the_scored_end_is_the_same_at_every_length(name: str, tokenizer: Any) -
     assert [a.text for a in short.answers] == [a.text for a in long.answers]
 
 
-@pytest.mark.parametrize("name", [*FORCED, *CHAT])
+@pytest.mark.parametrize("name", [*FORCED, *WRITTEN])
 def test_a_length_without_room_is_refused(name: str, tokenizer: Any) -> None:
     with pytest.raises(OptionError, match=r"at least \d+ tokens .* asked for 150"):
         made(name, tokenizer, 150)
@@ -135,6 +146,16 @@ def test_spans_of_parts_cover_their_tokens_only(tokenizer: Any) -> None:
     piece = encode_parts(tokenizer, "x is 12 and y is 12.", ["12", "12"])
     assert [tokenizer.decode(piece.ids[a:b]) for a, b in piece.spans] == ["12", "12"]
     assert piece.spans[0] != piece.spans[1]
+
+
+def test_the_longest_prompt_that_fits_is_found_whatever_the_units_are() -> None:
+    # units of 1 to 9 tokens, so that the first guess from their mean is wrong in both directions
+    lengths = [10]
+    for i in range(200):
+        lengths.append(lengths[-1] + 1 + i * i % 9)
+    for room in range(10, lengths[-1] + 5):
+        found = _most_that_fit(lengths.__getitem__, 10, room, 200)
+        assert found == max(k for k, n in enumerate(lengths) if n <= room)
 
 
 # --- needle -------------------------------------------------------------------------------------------------------------------
@@ -226,50 +247,98 @@ def test_more_code_samples_than_modules_are_refused(tokenizer: Any) -> None:
         made("code", tokenizer, 2048, n=99)
 
 
-# --- RULER-like ---------------------------------------------------------------------------------------------------------------
+def test_a_line_of_code_is_the_one_that_follows(tokenizer: Any) -> None:
+    from accel.evals.tasks._text import SOURCE_MODULES, source
+
+    for i, sample in enumerate(made("code_line", tokenizer, 9001, n=4)):
+        [answer] = sample.answers
+        assert sample.n_prompt is not None
+        assert sample.n_prompt + sample.max_new_tokens == 9001
+        assert answer.question.startswith(f"{SOURCE_MODULES[i]}, line ")
+        assert 20 <= len(answer.text) <= 80
+        # characters outside ASCII have several bytes, and the first of the prompt may be cut
+        assert text_of(tokenizer, sample)[10:] in source(SOURCE_MODULES[i - 1]) + source(SOURCE_MODULES[i])
+        assert text_of(tokenizer, sample, sample.n_prompt).endswith("\n")
+        assert text_of(tokenizer, sample).endswith(answer.text + "\n")
+        assert (sample.rule, sample.has_template) == ("line_similarity", None)
 
 
-@pytest.mark.parametrize(("name", "n_keys"), [("niah_single", 1), ("niah_multikey", 4)])
-def test_the_key_that_is_asked_for_has_one_value(name: str, n_keys: int, chat_tokenizer: Any) -> None:
-    for sample in made(name, chat_tokenizer, 12001, n=3):
+# --- perplexity by position ---------------------------------------------------------------------------------------------------
+
+
+def test_perplexity_is_taken_at_sixteen_even_places(tokenizer: Any) -> None:
+    [sample] = made("perplexity", tokenizer, 8000)
+    starts = {depth: [a.start for a in sample.answers if a.depth == depth] for depth in (1 / 16, 0.5, 1.0)}
+    assert starts == {1 / 16: [*range(468, 500)], 0.5: [*range(3968, 4000)], 1.0: [*range(7968, 8000)]}
+    assert len(sample.answers) == 16 * 32
+    assert all(a.stop == a.start + 1 for a in sample.answers)
+
+
+def test_more_prose_than_there_is_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(OptionError, match=r"perplexity has \d+ tokens of prose with this tokenizer, asked for 1000000"):
+        made("perplexity", tokenizer, 1_000_000)
+
+
+# --- extraction ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_minutes_hold_eight_items_in_the_order_of_the_answers(chat_tokenizer: Any) -> None:
+    with pytest.raises(OptionError) as refused:
+        made("action_items", chat_tokenizer, 150)
+    [shortest] = re.findall(r"at least (\d+) tokens", str(refused.value))
+    # without any prose, all stand in the same place
+    for sample in (*made("action_items", chat_tokenizer, int(shortest)), *made("action_items", chat_tokenizer, 9001, n=3)):
         prompt = text_of(chat_tokenizer, sample, sample.n_prompt)
-        needles = dict(re.findall(r"The secret number of ([a-z-]+) is (\d{7})\.", prompt))
-        assert len(needles) == n_keys
-        found = re.search(r"What is the secret number of ([a-z-]+) in this text\?</user><assistant>The secret number of \1 in this text is$", prompt)
-        assert found is not None, "the question, the template and the begun reply must close the prompt"
-        assert needles[found[1]] == sample.answers[0].text
-        assert prompt.count(sample.answers[0].text) == 1
+        assert re.findall(r"Action item: (\w+ \w+ the \w+)\.", prompt) == [a.text for a in sample.answers]
+        assert len(sample.answers) == 8
+        assert len({word for a in sample.answers for word in a.text.split()[::3]}) == 16
+        assert prompt.endswith("one a line.</user><assistant>Action item:")
+        reply = text_of(chat_tokenizer, sample)[len(prompt) :]
+        assert reply == "\nAction item:".join(f" {a.text}." for a in sample.answers)
 
 
-def test_without_a_chat_template_the_question_stands_plainly(tokenizer: Any) -> None:
-    [sample] = made("niah_single", tokenizer, 5009)
-    assert text_of(tokenizer, sample, sample.n_prompt).startswith("Secret numbers are hidden")
+# --- templates, cards ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_chain_of_variables_leads_to_the_answers(chat_tokenizer: Any) -> None:
-    for sample in made("variable_tracking", chat_tokenizer, 12001, n=3):
-        prompt = text_of(chat_tokenizer, sample, sample.n_prompt)
-        asked = re.findall(r"have the value (\d+) in the text above\?", prompt)[-1]
-        values: dict[str, str] = {}
-        for name, value in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", prompt):
-            values[name] = values.get(value, value)
-        assert [name for name, value in values.items() if value == asked] == [a.text for a in sample.answers]
-        assert len(sample.answers) == 5
-        # names of the question are nowhere but in the assignments: the reply is not given away
-        assert prompt.count(sample.answers[-1].text) == 1
+def test_without_a_chat_template_the_question_stands_plainly_and_the_sample_says_so(tokenizer: Any, chat_tokenizer: Any) -> None:
+    [plain], [chat] = (made("niah_single_1", t, 5009) for t in (tokenizer, chat_tokenizer))
+    assert text_of(tokenizer, plain, plain.n_prompt).startswith("A secret number is hidden")
+    assert text_of(tokenizer, chat, chat.n_prompt).startswith("<user>A secret number is hidden")
+    assert (plain.has_template, chat.has_template) == (False, True)
+    # what the template takes is not there for the text
+    assert plain.n_prompt is not None
+    assert plain.n_prompt + plain.max_new_tokens <= 5009
+    assert made("needle", chat_tokenizer, 5009)[0].has_template is None
+
+
+def test_every_task_has_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    from accel.evals.tasks.__main__ import main
+
+    for name in task_names():
+        assert len(card(name)) > 60, name
+    assert main(["infinitebench", "vt"]) == 0
+    told = capsys.readouterr().out
+    assert [told.index(f"{name} (") for name in ("kv_retrieval", "number_string", "passkey", "vt")] == sorted(
+        told.index(f"{name} (") for name in ("kv_retrieval", "number_string", "passkey", "vt")
+    )
+    assert "one chain of four hops" in told
+    assert "RULER flatters sparse prefill" in told
+    assert main(["vtt"]) == 2
+    assert "did you mean 'vt'" in capsys.readouterr().err
 
 
 # --- names --------------------------------------------------------------------------------------------------------------------
 
 
 def test_groups_stand_for_their_members() -> None:
-    assert expand_names(["ruler", "needle", "niah_single"]) == [*sorted(RULER), "needle"]
-    assert expand_names(["all"]) == sorted([*FORCED, *CHAT])
+    assert expand_names(["ruler", "needle", "niah_single_1"]) == [*RULER, "needle"]
+    assert expand_names(["infinitebench"]) == [*INFINITEBENCH]
+    assert expand_names(["all"]) == sorted([*FORCED, *WRITTEN])
     assert expand_names(["scenes"]) == [f"scene_{family}" for family in sorted(FAMILIES)]
 
 
 def test_an_unknown_task_is_told_the_closest_one() -> None:
-    with pytest.raises(OptionError, match=r"did you mean 'scenes'.* groups: all, ruler, scenes"):
+    with pytest.raises(OptionError, match=r"did you mean 'scenes'.* groups: all, infinitebench, ruler, scenes; data:FILE"):
         expand_names(["scene"])
     with pytest.raises(OptionError, match="did you mean 'needle'"):
         expand_names(["nedle"])

@@ -1,0 +1,41 @@
+"""Perplexity of prose by position: 16 stretches of 32 tokens, evenly spread over a prompt of exactly N tokens, the last at its end.
+
+Python's help topics from a random paragraph on, none of them twice; plain text without a chat template. The table by position shows where in the
+prompt a method begins to lose. Perplexity does not separate sparse methods from a sliding window (PG19, PowerAttention's paper): read it beside
+retrieval, never alone. Methods that drop cache entries do so before the first stretch, and all that follows is read behind what they left.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accel.errors import OptionError
+from accel.evals.tasks import Answer, Sample, Task
+from accel.evals.tasks._prompts import encode, opening, require_length, sample_rng
+from accel.evals.tasks._text import paragraphs
+
+N_PLACES, N_SCORED = 16, 32
+
+
+def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
+    """n prompts of exactly `n_tokens` tokens, one answer per scored token."""
+    return [_sample(tokenizer, n_tokens, index, seed) for index in range(n)]
+
+
+def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
+    require_length("perplexity", n_tokens, 2 * N_PLACES * N_SCORED)
+    text = paragraphs()
+    start = sample_rng("perplexity", seed, index).randrange(len(text))
+    ids = [*opening(tokenizer), *encode(tokenizer, "\n\n".join((*text[start:], *text[:start])))]
+    if len(ids) < n_tokens:
+        raise OptionError(f"perplexity has {len(ids)} tokens of prose with this tokenizer, asked for {n_tokens}; ask for a shorter length")
+    answers = []
+    for place in range(1, N_PLACES + 1):
+        stop, depth = place * n_tokens // N_PLACES, place / N_PLACES
+        answers += [
+            Answer(f"token {i} (at {depth:.0%})", tokenizer.decode([ids[i]]), i, i + 1, depth=depth) for i in range(stop - N_SCORED, stop)
+        ]
+    return Sample(index, seed, tuple(ids[:n_tokens]), tuple(answers))
+
+
+TASK = Task(samples, metric="perplexity")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import string
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from accel.errors import AccelError, OptionError
-from accel.evals.models import LoadedModel, LoadedVisionModel
+from accel.evals.models import LoadedModel, LoadedVisionModel, require_positions
+from accel.evals.timing import Lap, Stopwatch, Times
 
 if TYPE_CHECKING:
     from accel.evals.tasks import PictureSample
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model wrote. prefill_ms: until its first token, picture included. n_prompt: tokens of the prompt, n_visual of them placeholders."""
+    """What the model wrote. prefill_ms: until its first token, picture included. n_prompt: tokens of the prompt, n_visual of them placeholders.
+
+    times: of the same, and of the tokens behind it; the picture was preprocessed before.
+    """
 
     text: str
     prefill_ms: float
     n_prompt: int
     n_visual: int
+    times: Times = field(default_factory=Times)
 
 
 def vision_model(loaded: LoadedModel) -> LoadedVisionModel:
@@ -89,28 +94,36 @@ def inputs_of(loaded: LoadedVisionModel, picture: Any, text: str) -> dict[str, A
 
 def reply_to(loaded: LoadedVisionModel, inputs: dict[str, Any], max_new_tokens: int, *, on_prefill: Callable[[], None] | None = None) -> Reply:
     """The model's greedy answer. `on_prefill` is called behind the prompt. Raises AccelError where the logits are no numbers."""
-    prefill_ms: list[float] = []
-    begin = _now(inputs)
+    prompt = inputs["input_ids"]
+    require_positions(loaded, prompt.shape[1] + max_new_tokens, "a question with its picture and reply")
+    laps, stopwatch = ExitStack(), Stopwatch(prompt.device)
+    reading, writing = laps.enter_context(stopwatch.lap()), Lap()
 
     def watch(_ids: Tensor, scores: Tensor) -> Tensor:
         """A logits processor: the first call ends the prefill."""
-        if not prefill_ms:
-            prefill_ms.append((_now(inputs) - begin) * 1e3)
+        nonlocal writing
+        if not reading.ms:
+            laps.close()
             if on_prefill:
                 on_prefill()
+            writing = laps.enter_context(stopwatch.lap())
         if bool(scores.isnan().any()):
             raise AccelError(f"{loaded.name} gives logits that are not finite")
         return scores
 
-    with torch.no_grad():
+    # the second lap is left with the reply
+    with laps, torch.no_grad():
         # a model's own settings may sample or penalise
         ids = loaded.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
             logits_processor=[watch],
         )  # fmt: skip
-    prompt = inputs["input_ids"]
-    text = loaded.tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
-    return Reply(text.strip(), prefill_ms[0], prompt.shape[1], int(is_placeholder(loaded.model.config, prompt).sum()))
+    new = ids[0, prompt.shape[1] :].tolist()
+    end = loaded.model.generation_config.eos_token_id
+    has_ended = new[-1] in (end if isinstance(end, list) else [end])
+    times = Times.of_reply(reading, writing, n_output_tokens=len(new), finish_reason="stop" if has_ended else "length")
+    text = loaded.tokenizer.decode(new, skip_special_tokens=True)
+    return Reply(text.strip(), reading.ms, prompt.shape[1], int(is_placeholder(loaded.model.config, prompt).sum()), times)
 
 
 def ask(loaded: LoadedVisionModel, sample: PictureSample, *, on_prefill: Callable[[], None] | None = None) -> Reply:
@@ -145,10 +158,3 @@ def is_placeholder(config: Any, ids: Tensor) -> Tensor:
         if (placeholder := getattr(config, name, None)) is not None:
             return ids.eq(placeholder)
     return torch.zeros_like(ids, dtype=torch.bool)
-
-
-def _now(inputs: dict[str, Any]) -> float:
-    """Seconds, when the device has finished."""
-    if inputs["input_ids"].is_cuda:
-        torch.cuda.synchronize(inputs["input_ids"].device)
-    return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Figures for the HTML report: inline SVG that takes its text colour from the page, and tile maps as small PNG images."""
+"""Figures for the HTML report: inline SVG that takes its text colour from the page, and tile maps as small PNG images. Grids: `plots_grids`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASELINE_COLOURS = ("#7d8590", "#a8b0b9")
 TILE_RGB = (31, 131, 214)
 
 # drawn with this colour, then replaced by the page's own, so that one figure fits light and dark
-_INK = "#010203"
+INK = "#010203"
 
 
 _TENTHS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
@@ -38,7 +38,11 @@ def colour_by_label(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def time_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, y_label: str, unit: float) -> str:
     """SVG of time against length, one line per label with its p20–p80 bar; both axes logarithmic. `unit`: milliseconds per y unit."""
-    with _figure(width=8.6, height=3.9) as (figure, axes):
+    shown = [label for label in colours if any(r["label"] == label for r in rows)]
+    # long names beside a plot leave it no room
+    is_beside = max(map(len, shown)) <= 30
+    n_columns = 1 if is_beside else _legend_columns(shown, 8.6)
+    with canvas(width=8.6, height=3.9 + (0 if is_beside else 0.2 * -(-len(shown) // n_columns))) as (figure, axes):
         for label, colour in colours.items():
             mine = sorted((r for r in rows if r["label"] == label), key=lambda r: r["tokens"])
             if not mine:
@@ -58,25 +62,26 @@ def time_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, 
         _plain_ticks(axes)
         axes.set_xlabel("tokens")
         axes.set_ylabel(y_label)
-        figure.legend(loc="outside right center", frameon=False)
-        return _svg(figure)
+        figure.legend(loc="outside right center" if is_beside else "outside lower left", frameon=False, ncols=n_columns)
+        return svg_text(figure)
 
 
 def accuracy_density_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, title: str, y_label: str) -> str:
     """SVG of score against density, one point per method with its standard error. rows: label, density, score, stderr."""
-    with _figure(width=4.3, height=3.6) as (figure, axes):
+    n_columns = _legend_columns([row["label"] for row in rows], 4.3)
+    with canvas(width=4.3, height=3.2 + 0.2 * -(-len(rows) // n_columns)) as (figure, axes):
         for row in rows:
             colour = colours.get(row["label"], BASELINE_COLOURS[0])
-            axes.errorbar([row["density"]], [row["score"]], yerr=[row["stderr"] or 0.0], label=row["label"], color=colour, linestyle="none",
-                          marker="s" if row["is_baseline"] else "o", markersize=7, capsize=3, elinewidth=1)  # fmt: skip
+            axes.errorbar([row["density"]], [row["score"]], yerr=[row["stderr"] or 0.0], label=_short_floats(row["label"]), color=colour,
+                          linestyle="none", marker="s" if row["is_baseline"] else "o", markersize=7, capsize=3, elinewidth=1)  # fmt: skip
         axes.set_xlim(0, 1.06)
         if all(0.0 <= row["score"] <= 1.0 for row in rows):
             axes.set_ylim(-0.05, 1.08)
-        axes.set_title(title, fontsize=10, color=_INK, loc="left")
+        axes.set_title(title, fontsize=10, color=INK, loc="left")
         axes.set_xlabel("density (share of causal tiles)")
         axes.set_ylabel(y_label)
-        figure.legend(loc="outside lower left", frameon=False, ncols=3, fontsize=8, handletextpad=0.2, columnspacing=1.2)
-        return _svg(figure)
+        figure.legend(loc="outside lower left", frameon=False, ncols=n_columns, fontsize=8, handletextpad=0.2, columnspacing=1.2)
+        return svg_text(figure)
 
 
 def accuracy_keep_plot(rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> str:
@@ -95,7 +100,7 @@ def keep_plot(
     """
     # long names stand below each other
     n_columns = 1 if max(map(len, colours)) > 40 else max(1, int(width / 2.4))
-    with _figure(width=width, height=3.8 + 0.18 * -(-len(colours) // n_columns)) as (figure, axes):
+    with canvas(width=width, height=3.8 + 0.18 * -(-len(colours) // n_columns)) as (figure, axes):
         for number, (series, colour) in enumerate(colours.items()):
             mine = sorted((r for r in rows if r["series"] == series), key=lambda r: r["share"])
             if mine and mine[0]["is_baseline"]:
@@ -120,13 +125,13 @@ def keep_plot(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         figure.legend(loc="outside lower left", frameon=False, ncols=n_columns, fontsize=8)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def entries_plot(lines: Sequence[Mapping[str, Any]], *, width: float = 8.6) -> str:
     """SVG of cache entries per head against the scale, a line each. lines: label, entries (one number per scale), is_baseline."""
     colours = colour_by_label(lines)
-    with _figure(width=width, height=3.8 + 0.18 * len(lines)) as (figure, axes):
+    with canvas(width=width, height=3.8 + 0.18 * len(lines)) as (figure, axes):
         for line in lines:
             look: dict[str, Any] = {"marker": "s", "linestyle": "--"} if line["is_baseline"] else {"marker": "o", "linestyle": "-"}
             scales = range(1, len(line["entries"]) + 1)
@@ -136,14 +141,14 @@ def entries_plot(lines: Sequence[Mapping[str, Any]], *, width: float = 8.6) -> s
         axes.set_xlabel("scale, from coarse to fine")
         axes.set_ylabel("entries per head")
         figure.legend(loc="outside lower left", frameon=False, fontsize=8)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def heads_plot(numbers: Mapping[str, Any]) -> str:
     """SVG of a number per head against its layer, heads of one kind in one colour. numbers: the fields of a `HeadNumbers`."""
     values, kinds = numbers["values"], numbers["kinds"] or [["heads"] * len(row) for row in numbers["values"]]
     names = sorted({kind for row in kinds for kind in row})
-    with _figure(width=5.2, height=3.6) as (figure, axes):
+    with canvas(width=5.2, height=3.6) as (figure, axes):
         for name, colour in zip(names, COLOURS, strict=False):
             # heads of one layer a little apart, in their order
             points = [
@@ -160,7 +165,7 @@ def heads_plot(numbers: Mapping[str, Any]) -> str:
         axes.set_xlabel("layer, its heads side by side")
         axes.set_ylabel(numbers["title"])
         figure.legend(loc="outside lower left", frameon=False, ncols=len(names), fontsize=8)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def exit_plot(counts: Mapping[str, Sequence[int]], colours: Mapping[str, str]) -> str:
@@ -168,7 +173,7 @@ def exit_plot(counts: Mapping[str, Sequence[int]], colours: Mapping[str, str]) -
     n_layers = len(next(iter(counts.values())))
     total = sum(map(sum, counts.values()))
     bottom = [0.0] * n_layers
-    with _figure(width=4.3, height=3.4) as (figure, axes):
+    with canvas(width=4.3, height=3.4) as (figure, axes):
         for task, own in counts.items():
             heights = [n / total for n in own]
             axes.bar(range(n_layers), heights, bottom=bottom, width=0.8, label=task, color=colours[task])
@@ -179,13 +184,44 @@ def exit_plot(counts: Mapping[str, Sequence[int]], colours: Mapping[str, str]) -
         axes.set_xlabel("last layer with visual tokens")
         axes.set_ylabel("share of the questions")
         figure.legend(loc="outside lower left", frameon=False, ncols=4, fontsize=8, handletextpad=0.4, columnspacing=1.2, handlelength=1.0)
-        return _svg(figure)
+        return svg_text(figure)
+
+
+def pareto_plot(
+    rows: Sequence[Mapping[str, Any]], colours: Mapping[str, str], *, x_label: str, y_label: str, width: float = 5.2
+) -> str:  # fmt: skip
+    """SVG of score against cost, points of one label in one colour with their standard errors, those on the front joined by steps.
+
+    rows: label, score, stderr, cost, is_baseline, is_front.
+    """
+    shown = [label for label in colours if any(row["label"] == label for row in rows)]
+    n_columns = _legend_columns(shown, width)
+    with canvas(width=width, height=3.4 + 0.2 * -(-len(shown) // n_columns)) as (figure, axes):
+        front = sorted((row["cost"], row["score"]) for row in rows if row["is_front"])
+        axes.step(*zip(*front, strict=True), where="post", color=INK, alpha=0.45, linewidth=1.2)
+        named: set[str] = set()
+        # the first labels on top
+        for row in sorted(rows, key=lambda row: -shown.index(row["label"])):
+            look: dict[str, Any] = {"markersize": 8} if row["is_front"] else {"markersize": 5, "markerfacecolor": "none"}
+            axes.errorbar([row["cost"]], [row["score"]], yerr=[row["stderr"] or 0.0], color=colours[row["label"]], linestyle="none", capsize=3,
+                          label=None if row["label"] in named else _short_floats(row["label"]), elinewidth=1,
+                          marker="s" if row["is_baseline"] else "o", **look)  # fmt: skip
+            named.add(row["label"])
+        axes.set_xlim(left=0, right=1.08 * max(row["cost"] for row in rows))
+        if all(0.0 <= row["score"] <= 1.0 for row in rows):
+            axes.set_ylim(-0.05, 1.08)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles[::-1], names[::-1], loc="outside lower left", frameon=False, ncols=n_columns, fontsize=8, handletextpad=0.2,
+                      columnspacing=1.2)  # fmt: skip
+        return svg_text(figure)
 
 
 def attention_plot(layers: Sequence[Mapping[str, Any]]) -> str:
     """SVG of shares of attention by layer. layers: layer, and the shares by name."""
     lines = (("text_to_visual", "text → picture"), ("text_to_text", "text → text"), ("visual_to_visual", "picture → picture"))
-    with _figure(width=8.6, height=3.9) as (figure, axes):
+    with canvas(width=8.6, height=3.9) as (figure, axes):
         for (name, label), colour in zip(lines, COLOURS, strict=False):
             x, y = [row["layer"] for row in layers], [row[name] for row in layers]
             axes.plot(x, y, label=label, color=colour, marker="o", markersize=4, linewidth=1.8)
@@ -194,7 +230,7 @@ def attention_plot(layers: Sequence[Mapping[str, Any]]) -> str:
         axes.set_xlabel("decoder layer (in the paper's reading: fusion → intra-modality → multimodal)")
         axes.set_ylabel("share of attention")
         figure.legend(loc="outside right center", frameon=False)
-        return _svg(figure)
+        return svg_text(figure)
 
 
 def tile_image(rows: Sequence[str]) -> str:
@@ -202,17 +238,6 @@ def tile_image(rows: Sequence[str]) -> str:
     size = max(len(row) for row in rows)
     paint = {"1": (*TILE_RGB, 255), "0": (128, 140, 155, 46)}
     pixels = [[*(paint[tile] for tile in row), *[(0, 0, 0, 0)] * (size - len(row))] for row in rows]
-    return _png(pixels)
-
-
-def density_image(density: Mapping[str, Sequence[float]], n_layers: int) -> str:
-    """Densities of all heads as a PNG data address: one row per head, one column per layer, stronger where more is read."""
-    n_heads = max(len(heads) for heads in density.values())
-    # a layer that ran dense everywhere is hatched out by full transparency
-    pixels = [
-        [(*TILE_RGB, 20 + round(235 * density[str(layer)][head])) if str(layer) in density else (0, 0, 0, 0) for layer in range(n_layers)]
-        for head in range(n_heads)
-    ]
     return _png(pixels)
 
 
@@ -231,15 +256,15 @@ def _png(pixels: Sequence[Sequence[tuple[int, ...]]]) -> str:
 
 
 @contextmanager
-def _figure(*, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+def canvas(*, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """A figure without a window system and without touching the caller's matplotlib settings."""
     import matplotlib
     from matplotlib.figure import Figure as NewFigure
 
     settings = {
-        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK,
-        "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.grid": True, "grid.color": _INK,
+        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
+        "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
+        "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "axes.grid": True, "grid.color": INK,
         "grid.alpha": 0.13, "grid.linewidth": 0.6,
     }  # fmt: skip
     with matplotlib.rc_context(settings):
@@ -248,6 +273,19 @@ def _figure(*, width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
         yield figure, axes
+
+
+def as_grid(axes: Axes) -> None:
+    """Axes of a grid of cells: no lines between the cells, and none around it."""
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _legend_columns(labels: Sequence[str], width: float) -> int:
+    """Columns of a legend under a plot of that width (inches) in which these labels do not lie on each other."""
+    # about 14 letters of that size to the inch, and room for the marker
+    return max(1, min(len(labels), int(width / (max(map(len, labels)) / 14 + 0.4))))
 
 
 def _apart(ascending: Sequence[float]) -> list[float]:
@@ -280,7 +318,7 @@ def _plain_ticks(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _svg(figure: Figure) -> str:
+def svg_text(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
@@ -289,4 +327,4 @@ def _svg(figure: Figure) -> str:
     # the page sets the size; the view box keeps the proportions
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
-    return text.replace(_INK, "currentColor")
+    return text.replace(INK, "currentColor")

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from accel.errors import AccelError
-from accel.evals import plots
+from accel.evals import plots, plots_grids
 from accel.evals.overlays import data_address
 from accel.evals.report_cache import cache_figures
+from accel.evals.report_comparisons import comparison_figures, prefill_rows
 from accel.evals.report_drawn import drawn_cards, drawn_figures, drawn_sections, head_figures
 from accel.evals.report_pictures import picture_sections, points, share_kept, spread_exits, text_scores
 from accel.evals.report_sections import Card, Figure, Row, Section, Table, milliseconds, number, ratio, score_cell, sections
+from accel.evals.report_serving import serving_sections
+from accel.evals.report_trials import trial_figures
 
 NEEDED_FOR_HTML = ("jinja2", "matplotlib")
 TEMPLATES = Path(__file__).parent / "templates"
@@ -29,9 +32,9 @@ class Reports:
     html: Path
 
 
-def require_packages() -> None:
-    """Raises AccelError with the command to run where a package for the HTML report is missing. Ask before a long measurement."""
-    missing = [name for name in NEEDED_FOR_HTML if importlib.util.find_spec(name) is None]
+def require_packages(*more: str) -> None:
+    """Raises AccelError with the command to run where a package for the HTML report, or one of `more`, is missing. Ask before a long measurement."""
+    missing = [name for name in (*NEEDED_FOR_HTML, *more) if importlib.util.find_spec(name) is None]
     if missing:
         raise AccelError(f"reports need {' and '.join(missing)}. Install with:\n    pip install {' '.join(missing)}")
 
@@ -59,7 +62,7 @@ def render_markdown(result: Mapping[str, Any]) -> str:
     for section in all_sections(result):
         parts += [f"## {section.title}", *section.paragraphs]
         parts += ["\n".join(f"- {bullet}" for bullet in section.bullets)] if section.bullets else []
-        for table in section.tables:
+        for table in [*section.tables, *section.drawn_tables]:
             parts += [_markdown_table(table), *([f"_{table.caption}_"] if table.caption else [])]
     for title, key in (("Settings", "config"), ("Environment", "env")):
         parts += [f"## {title}", _markdown_table(_key_values(result.get(key)))] if result.get(key) else []
@@ -68,7 +71,7 @@ def render_markdown(result: Mapping[str, Any]) -> str:
 
 def all_sections(result: Mapping[str, Any]) -> list[Section]:
     """Everything that the result holds, in reading order."""
-    return [*drawn_sections(result), *picture_sections(result), *sections({**result, "scores": text_scores(result)})]
+    return [*serving_sections(result), *drawn_sections(result), *picture_sections(result), *sections({**result, "scores": text_scores(result)})]
 
 
 def render_html(result: Mapping[str, Any], folder: Path | None = None) -> str:
@@ -100,16 +103,20 @@ def figures_of(result: Mapping[str, Any]) -> list[Figure]:
     """Every picture that the result supports."""
     latency, scores = result.get("latency", []), text_scores(result)
     colours = plots.colour_by_label([*latency, *scores])
-    figures = [figure for metric, unit, name in (("ttft_ms", 1e3, "time to first token, s"), ("tpot_ms", 1.0, "time per output token, ms"))
-               if (figure := _time_figure(metric, latency, colours, unit=unit, y_label=name))]  # fmt: skip
+    timed = [*latency, *([] if latency else prefill_rows(scores))]
+    figures = [figure for metric, unit, name in _TIME_FIGURES if (figure := _time_figure(metric, timed, colours, unit=unit, y_label=name))]
     about_pictures = [*_keep_figures(result.get("means", [])), *_exit_figures(spread_exits(result)), *_attention_figures(result.get("attention"))]
     drawn = [*drawn_figures(result.get("drawn", [])), *head_figures(result.get("heads", []))]
     accuracy = [*_accuracy_figures(scores, colours), *cache_figures(scores)]
-    return [*figures, *accuracy, *about_pictures, *drawn, *_map_figures(result.get("block_maps", []))]
+    compared = [*comparison_figures(result, colours), *trial_figures(result)]
+    return [*figures, *accuracy, *compared, *about_pictures, *drawn, *_map_figures(result.get("block_maps", []))]
 
 
 def cards(result: Mapping[str, Any]) -> list[Card]:
     """Key figures of the first method: its score at each task beside dense, its time and density at the greatest length; its answers by budget."""
+    if result.get("command") == "compare":
+        # several folders have no one method to be looked at
+        return []
     latency = [r for r in result.get("latency", []) if r["metric"] == "ttft_ms"]
     scores = text_scores(result)
     focus = next((r["label"] for r in [*scores, *latency] if not r.get("is_baseline")), None)
@@ -148,12 +155,19 @@ def _picture_cards(means: Sequence[Row], paired: Sequence[Row]) -> list[Card]:
 # --- figures ------------------------------------------------------------------------------------------------------------------
 
 
+_TIME_FIGURES = (
+    ("ttft_ms", 1e3, "time to first token, s"), ("tpot_ms", 1.0, "time per output token, ms"), ("prefill_ms", 1e3, "prefill while scored, s"),
+)  # fmt: skip
+
+
 def _time_figure(metric: str, latency: Sequence[Row], colours: Mapping[str, str], *, unit: float, y_label: str) -> Figure | None:
     rows = [r for r in latency if r["metric"] == metric]
     if len({r["tokens"] for r in rows}) < 2:
         return None
     svg = plots.time_plot(rows, colours, y_label=y_label, unit=unit)
-    return Figure(metric, "", "Median with p20–p80 bars, both axes logarithmic. Dashed: dense baselines.", svg=svg)
+    section, what = ("fronts", "Prefill against length. ") if metric == "prefill_ms" else (metric, "")
+    caption = f"{what}Median with p20–p80 bars, both axes logarithmic. Dashed: dense baselines."
+    return Figure(section, "", caption, svg=svg, starts_row=section == "fronts")
 
 
 def _accuracy_figures(scores: Sequence[Row], colours: Mapping[str, str]) -> list[Figure]:
@@ -219,9 +233,9 @@ def _map_figures(block_maps: Sequence[Row]) -> list[Figure]:
         for one in m["maps"]
         for caption in [f"layer {one['layer']}, head {one['head']}: density {one['density']:.2f}"]
     ]
-    caption = "Density of every head: layers from left to right, heads from top to bottom; the stronger the colour, the more it read."
+    caption = "Density of every head; the stronger the colour, the more it read. A layer without colour ran dense."
     overviews = [
-        Figure("maps", f"{m['label']}: all heads", caption, image=plots.density_image(m["density"], m["n_layers"]))
+        Figure("maps", f"{m['label']}: all heads", caption, svg=plots_grids.head_density_plot(m["density"], m["n_layers"]))
         for m in block_maps
         if len({d for heads in m["density"].values() for d in heads}) > 1
     ]

@@ -33,13 +33,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One heading with its paragraphs, bullets and tables. `name` is the anchor and tells the HTML page which figures belong here."""
+    """One heading with its paragraphs, bullets and tables. `name` is the anchor and tells the HTML page which figures belong here.
+
+    drawn_tables: what the figures of this section show, for markdown, which has none.
+    """
 
     name: str
     title: str
     paragraphs: list[str] = field(default_factory=list)
     bullets: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
+    drawn_tables: list[Table] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,16 @@ class Card:
 
 def sections(result: Mapping[str, Any]) -> list[Section]:
     """Everything that the result holds, in reading order; what it lacks is left out."""
+    from accel.evals.compare_report import compare_sections
+    from accel.evals.report_comparisons import comparison_sections
+    from accel.evals.report_trials import trial_sections
+
     built = [
+        *compare_sections(result),
         *([_facts_section(result["facts"])] if result.get("facts") else []),
         *_accuracy_sections(result),
+        *comparison_sections(result),
+        *trial_sections(result),
         *(_latency_section(metric, result["latency"]) for metric in METRIC_TITLES if _with_metric(result, metric)),
         *([_cache_section(result["cache_memory"])] if result.get("cache_memory") else []),
         *([_operator_section(result)] if result.get("operator") else []),

@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,9 +17,12 @@ from typing import Any, NamedTuple
 from accel.errors import AccelError
 
 SCHEMA = 1
+SAMPLES = "samples.jsonl"
+# fields of a sample that differ between two runs of the same settings
+MEASURED = ("prefill_ms", "selection_ms", "ttft_ms", "tpot_ms", "e2el_ms", "energy_j", "peak_bytes", "memory")
 _PACKAGES = ("torch", "transformers", "triton", "vllm", "numpy")
 # settings that say how far a run goes, not what a sample is: they may differ when a run is resumed
-_EXTENT = ("samples", "limit", "tasks", "lengths", "controls", "keeps", "methods", "files", "command")
+_EXTENT = ("samples", "limit", "tasks", "lengths", "controls", "keeps", "methods", "files", "command", "threads", "warmup")
 
 
 class SampleKey(NamedTuple):
@@ -47,6 +51,12 @@ class SampleRecord:
     psnr, perceptual: of that picture, to the one that the unpatched model draws from the same seed; None for that one, and in older runs.
     cache: entries per head and bytes of a compressed cache (`drawn.cache_figures`, of a decoder `decoder_cache.held_figures`), None where none was.
     memory: what drawing one picture takes of the process's memory (`drawn.memory_figures`); told by the first sample of each label only.
+
+    prefill_ms: until the first token behind the prompt is known, or the one pass over prompt and answers has ended; behind a shared prefill, of the
+    rest. ttft_ms … energy_j: as in `timing.Times`; None where the prefill was shared, of pictures that were drawn but e2el_ms. peak_bytes: growth
+    of memory over what was held before: on a GPU of every sample, on a CPU of the first of each label and length, in its warm-up. batch: prompts
+    read together; above 1, prefill_ms, selection_ms, density, calls, peak_bytes and energy_j are those of the batch. has_template: as in `Sample`.
+    depths: of the answers, as in `Answer`; None where none of them has a place, and in older runs.
     """
 
     task: str
@@ -82,6 +92,21 @@ class SampleRecord:
     perceptual: float | None = None
     cache: dict[str, Any] | None = None
     memory: dict[str, Any] | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2el_ms: float | None = None
+    n_output_tokens: int | None = None
+    finish_reason: str | None = None
+    energy_j: float | None = None
+    peak_bytes: int | None = None
+    batch: int = 1
+    has_template: bool | None = None
+    depths: list[float | None] | None = None
+
+    @property
+    def selection_share(self) -> float | None:
+        """Part of the prefill spent on choosing what is read (host clock); None where nothing chose, or nothing was sparse."""
+        return self.selection_ms / self.prefill_ms if self.selection_ms is not None and self.sparse_calls and self.prefill_ms else None
 
     @property
     def last_visual_layer(self) -> int | None:
@@ -94,13 +119,16 @@ class SampleRecord:
 
 
 class RunFolder:
-    """An open run folder. Build it with `create`."""
+    """An open run folder. Build it with `create`.
 
-    def __init__(self, path: Path, config: dict[str, Any], records: list[SampleRecord]) -> None:
+    Several processes may add to one run: the others `join` it and append to files of their own, which `collect` or the next `create` takes in.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], records: list[SampleRecord], *, part: int = 0) -> None:
         self.path = path
         self.config = config
-        self._records = {record.key: record for record in records}
-        self._prompts = {_place(record.key): record.prompt_hash for record in records}
+        self._file = path / (f"samples-{part}.jsonl" if part else SAMPLES)
+        self._hold(records)
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> RunFolder:
@@ -113,18 +141,42 @@ class RunFolder:
 
         folder, plain = Path(path), dict(config)
         cls.check(folder, plain, resume=resume)
-        folder.mkdir(parents=True, exist_ok=True)
+        with _telling(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            records = _read_all(folder)
+            _take_in_parts(folder, records)
         _write(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-        return cls(folder, plain, _read_samples(folder / "samples.jsonl"))
+        return cls(folder, plain, records)
+
+    @classmethod
+    def join(cls, path: str | Path, config: Mapping[str, Any], *, part: int) -> RunFolder:
+        """The folder that another process has created, for a further process that adds samples to it. part: its number, from 1.
+
+        None may add a sample before all have joined.
+        """
+        folder = Path(path)
+        return cls(folder, dict(config), _read_all(folder), part=part)
+
+    def collect(self, order: Sequence[SampleKey]) -> None:
+        """Takes in what other processes have added since, and sorts samples.jsonl by `order`; samples beyond it come first, as they finished."""
+        place = {key: i for i, key in enumerate(order)}
+        records = _read_all(self.path)
+        ordered = sorted(records, key=lambda record: place.get(record.key, -1))
+        _take_in_parts(self.path, ordered, is_sorted=ordered == records)
+        self._hold(ordered)
 
     @staticmethod
     def check(path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
-        """Raises AccelError where the folder holds samples of a run already; with `resume`, where its settings differ (naming them)."""
+        """Raises AccelError where the folder holds samples of a run already; with `resume`, where its settings differ (naming them).
+
+        So it does where the folder cannot be written to.
+        """
         import yaml
 
         folder = Path(path)
-        settings, samples = folder / "config.yaml", folder / "samples.jsonl"
-        has_samples = samples.exists() and samples.stat().st_size > 0
+        _require_writable(folder)
+        settings = folder / "config.yaml"
+        has_samples = any(file.stat().st_size > 0 for file in _sample_files(folder))
         if has_samples and not resume:
             raise AccelError(f"{folder} holds a run already: choose another folder with --out, or go on with it by --resume")
         if resume and (has_samples or settings.exists()):
@@ -150,12 +202,21 @@ class RunFolder:
         """Saves one finished sample. A failure to save raises: a run that loses results has failed."""
         if record.key in self._records:
             raise AccelError(f"sample {tuple(record.key)} of {self.path} is saved already")
-        with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n")
+        line = _line(record)
+        with _telling(self._file), self._file.open("a", encoding="utf-8") as file:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
         self._records[record.key] = record
         self._prompts.setdefault(_place(record.key), record.prompt_hash)
+
+    def n_saved(self) -> int:
+        """Finished samples in the folder, those of other processes among them."""
+        return sum(file.read_bytes().count(b"\n") for file in _sample_files(self.path))
+
+    def _hold(self, records: Sequence[SampleRecord]) -> None:
+        self._records = {record.key: record for record in records}
+        self._prompts = {_place(record.key): record.prompt_hash for record in records}
 
     def finish(self, rows: Sequence[Mapping[str, Any]], **sections: Any) -> Path:
         """Writes `result.json` and returns its path. rows: one per task, length and method (`scores`); sections: further entries, or others for
@@ -230,26 +291,84 @@ def _same_settings(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
         raise AccelError(f"{folder} cannot be resumed: {differing} from its config.yaml. Use the same settings, or another --out")
 
 
-def _read_samples(path: Path) -> list[SampleRecord]:
-    """The finished samples; a half-written last line is removed from the file."""
-    if not path.exists():
-        return []
+def _sample_files(folder: Path) -> list[Path]:
+    """samples.jsonl, and the files of further processes that have not been taken in yet; those that exist."""
+    parts = sorted(folder.glob("samples-*.jsonl"))
+    return [file for file in (folder / SAMPLES, *parts) if file.exists()]
+
+
+def _read_all(folder: Path) -> list[SampleRecord]:
+    """The finished samples of all files; AccelError where two lines are about the same sample and differ."""
+    found: dict[SampleKey, SampleRecord] = {}
+    for file in _sample_files(folder):
+        for number, record in _read_samples(file):
+            # a kill may come between taking a part in and removing it
+            if found.setdefault(record.key, record) != record:
+                raise AccelError(
+                    f"{file}, line {number}, tells {tuple(record.key)} a second time, and otherwise: two runs have written to {folder}. "
+                    "Delete one of the two lines, then go on with --resume"
+                )
+    return list(found.values())
+
+
+def _take_in_parts(folder: Path, records: Sequence[SampleRecord], *, is_sorted: bool = True) -> None:
+    """Writes all records to samples.jsonl and removes the files of further processes; does nothing where there are none and the order is right."""
+    parts = [file for file in _sample_files(folder) if file.name != SAMPLES]
+    if parts or not is_sorted:
+        _write(folder / SAMPLES, "".join(map(_line, records)))
+        for file in parts:
+            file.unlink()
+
+
+def _line(record: SampleRecord) -> str:
+    return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _read_samples(path: Path) -> list[tuple[int, SampleRecord]]:
+    """The finished samples by line number; a half-written last line is removed from the file."""
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         with path.open("r+b") as file:
             file.truncate(len(whole))
     records = []
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+    # bytes, since `str.splitlines` ends lines at characters that a model may write
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
-            records.append(SampleRecord(**json.loads(line)))
+            records.append((number, SampleRecord(**json.loads(line))))
         except (ValueError, TypeError) as error:
-            raise AccelError(f"{path}, line {number}, is no sample of this version of accel: {error}") from error
+            raise AccelError(
+                f"{path}, line {number}, is no sample of this version of accel: {error}. Without that line, --resume measures its sample again"
+            ) from error
     return records
+
+
+def _require_writable(folder: Path) -> None:
+    """Raises AccelError where nothing can be written to the folder, or to the nearest one above that exists."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise AccelError(f"cannot write results to {folder}: {nearest} is a file. Choose another folder with --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise AccelError(f"cannot write results to {folder}: no permission to write to {nearest}. Choose another folder with --out")
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Turns what the system says of a write that failed into an AccelError that names the file and what is left."""
+    try:
+        yield
+    except OSError as error:
+        raise AccelError(
+            f"cannot write {path}: {error.strerror or error}. Samples that were finished before are safe; go on with --resume once that is mended"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:
     """Replaces the file in one step: a reader never sees half of it."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with _telling(path):
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)

@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import accel
-from accel.errors import AccelError, OptionError
+from accel.errors import AccelError, OptionError, UnsupportedError
 from accel.evals.album import Album
-from accel.evals.cached_scoring import Prefix, can_share, score_behind_cache, shared_prefix
-from accel.evals.controls import Control, build_control, keep_of, plan_controls
-from accel.evals.decoder_cache import held_figures, held_now, is_compressing
-from accel.evals.drawn import cache_figures, dense_picture, draw_sample, image_model
+from accel.evals.batched_scoring import require_padding
+from accel.evals.controls import Control, build_control, plan_controls
+from accel.evals.decoder_cache import is_compressing
+from accel.evals.drawn import image_model
 from accel.evals.latency import quiet_notices
+from accel.evals.measuring import AnySample, Measurer, model_info, place
 from accel.evals.models import LoadedModel
-from accel.evals.pictures import ask, is_right, vision_model
+from accel.evals.parallel import Team
+from accel.evals.pictures import vision_model
 from accel.evals.results import RunFolder, SampleKey, SampleRecord
-from accel.evals.scoring import Scored, score
 from accel.evals.summary import BASELINE, summarise
-from accel.evals.tasks import ClassSample, PictureSample, Sample, Task, load_task
-from accel.evals.visual_layers import layer_tokens
-from accel.patching import host_for
-from accel.protocols import Method, ModelInfo
-from accel.stats import PruningEvent
+from accel.evals.tasks import Task, load_task
+from accel.protocols import Method
 
-if TYPE_CHECKING:
-    from accel.handle import Handle
-
-AnySample = Sample | PictureSample | ClassSample
+__all__ = ["Block", "check_run", "head_rows", "model_info", "require_kinds", "rows_of", "run_accuracy", "wanted_samples"]
 
 
 @dataclass(frozen=True)
@@ -46,53 +38,74 @@ class Block:
 def run_accuracy(
     loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], *, n: int, seed: int,
     folder: RunFolder, controls: Sequence[str] = (), limit: int | None = None, progress: bool = True, shares_prefill: bool = False,
+    batch_size: int = 1, warmup: int = 0, team: Team | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Table rows (summary.py) of dense attention, the methods by label, and the controls, on the same n samples per task and length.
 
     lengths: of text prompts; tasks about pictures have none. controls: names of methods that run beside the others at the same budget (controls.py).
-    limit: stops after so many new samples. Samples already in `folder` are not run again. Batch 1; each method is taken off again. shares_prefill:
-    dense and methods that drop cache entries go on from one unpatched prefill of each text prompt, where they can (cached_scoring.py).
+    limit: stops after so many new samples. Samples already in `folder` are not run again. Each method is taken off again. shares_prefill: dense and
+    methods that drop cache entries go on from one unpatched prefill of each text prompt, where they can (cached_scoring.py). batch_size: text prompts
+    read together (batched_scoring.py). warmup: untimed passes before the first sample of each label and length.
+    team: the processes among which the prompts are shared out; this one measures its own, and the rows are those of what its `folder` holds.
     """
-    check_run(loaded, methods, tasks, lengths, n)
+    team = team or Team()
+    check_run(loaded, methods, tasks, lengths, n, controls=controls, batch_size=batch_size)
     planned = plan_controls(controls, methods, model_info(loaded))
-    wanted = wanted_samples(methods, tasks, lengths, n=n, controls=planned)
-    done, scorer = folder.done(), _Scorer(loaded, any(map(is_compressing, methods.values())), shares_prefill)
-    missing = [key for key in wanted if key not in done]
-    with _bar(min(len(missing), len(missing) if limit is None else limit), progress) as bar, quiet_notices():
+    wanted = wanted_samples(methods, tasks, lengths, n=n, controls=planned, batch_size=batch_size)
+    done = folder.done()
+    missing = set([key for key in wanted if key not in done][:limit])
+    mine = team.share(_units(wanted, missing, batch_size))
+    measurer = Measurer(
+        loaded, Album(folder.path), any(map(is_compressing, methods.values())), shares_prefill, warmup=warmup,
+        # of equal label and length, the first: later ones would overwrite it
+        peaks_at={(key.label, key.tokens): key for key in reversed(wanted)},
+    )  # fmt: skip
+    with _bar(sum(len(missing.intersection(batch)) for unit in mine for batch in unit), progress and team.is_main) as bar, quiet_notices():
         prompts: dict[tuple[str, int], Sequence[AnySample]] = {}
-        for key in missing[:limit]:
-            place = (key.task, key.tokens)
-            if place not in prompts:
-                prompts = {place: _samples(loaded, key, n, seed)}
+        for batch in (batch for unit in mine for batch in unit):
+            key = batch[0]
+            if (key.task, key.tokens) not in prompts:
+                prompts = {(key.task, key.tokens): _samples(loaded, key, n, seed)}
             bar.set_description(" ".join(part for part in (key.task, str(key.tokens or ""), key.label) if part))
-            applied = _methods_for(key, methods, planned, folder)
-            sample = prompts[place][key.sample]
-            _require_same_prompt(folder, key, sample)
-            folder.append(_measure(scorer, key, sample, applied, Album(folder.path)))
-            bar.update()
+            samples = [prompts[key.task, key.tokens][k.sample] for k in batch]
+            for k, sample in zip(batch, samples, strict=True):
+                _require_same_prompt(folder, k, sample)
+            for record in measurer.measure(batch, samples, _methods_for(key, methods, planned, folder)):
+                if record.key in missing:
+                    folder.append(record)
+                    bar.update()
     return rows_of(folder, wanted)
 
 
 def wanted_samples(
-    methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], *, n: int, controls: Sequence[Control] = ()
-) -> list[SampleKey]:
-    """Every sample of a run, in the order in which they are measured: prompt by prompt, so that a run that is stopped has the same ones of all
-    labels; a control after what it is compared to.
+    methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], *, n: int, controls: Sequence[Control] = (),
+    batch_size: int = 1,
+) -> list[SampleKey]:  # fmt: skip
+    """Every sample of a run, in the order in which they are measured: prompt by prompt, or batch of prompts by batch, so that a run that is stopped
+    has the same ones of all labels; a control after what it is compared to.
     """
     labels = [BASELINE, *methods, *(control.label for control in controls)]
     return [
         SampleKey(task, label, tokens, i)
         for task in tasks
         for tokens in (lengths if load_task(task).kind == "text" else (0,))
-        for i in range(n)
+        for first in range(0, n, batch_size)
         for label in labels
+        for i in range(first, min(first + batch_size, n))
     ]
 
 
-def model_info(loaded: LoadedModel) -> ModelInfo:
-    """What methods and the plan of their controls may know of the model."""
-    info: ModelInfo = host_for(loaded.model).describe(loaded.model)
-    return info
+def _units(wanted: Sequence[SampleKey], missing: Collection[SampleKey], batch_size: int) -> list[list[list[SampleKey]]]:
+    """The work: by prompt, or by prompts that are read together, the batch of each label that has a missing sample.
+
+    A batch is whole even where only one of its samples is missing: a smaller one would be rounded otherwise, and a resumed run differ from one that
+    never stopped. All labels of a prompt stay together, since a control needs what its reference did.
+    """
+    units: dict[tuple[str, int, int], dict[str, list[SampleKey]]] = {}
+    for key in wanted:
+        units.setdefault((key.task, key.tokens, key.sample // batch_size), {}).setdefault(key.label, []).append(key)
+    found = [[batch for batch in by_label.values() if any(key in missing for key in batch)] for by_label in units.values()]
+    return [unit for unit in found if unit]
 
 
 def head_rows(loaded: LoadedModel, methods: Mapping[str, Sequence[Method]]) -> list[dict[str, Any]]:
@@ -125,10 +138,14 @@ def require_kinds(name: str, reads: Sequence[str], tasks: Sequence[str]) -> None
         raise OptionError(f"{name} {instead.format(asked['text'])}")
 
 
-def check_run(loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], n: int) -> None:
+def check_run(
+    loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], n: int, *,
+    controls: Sequence[str] = (), batch_size: int = 1,
+) -> None:  # fmt: skip
     """Everything that can be known before the first prompt, so that a long run does not fail in the middle."""
-    if n < 1:
-        raise OptionError(f"the number of samples must be at least 1, got {n}")
+    if n < 1 or batch_size < 1:
+        raise OptionError(f"the number of samples and the batch size must be at least 1, got {n} and {batch_size}")
+    require_batches(methods, tasks, controls, batch_size)
     if BASELINE in methods:
         raise OptionError(f"the label {BASELINE!r} is that of the unpatched model, which always runs")
     kinds = {load_task(task).kind for task in tasks}
@@ -143,6 +160,27 @@ def check_run(loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], task
     too_long = [length for length in lengths if most is not None and length > most]
     if too_long and "text" in kinds:
         raise OptionError(f"{loaded.name} holds {most} tokens, asked for prompts of {', '.join(map(str, too_long))}")
+    if batch_size > 1:
+        require_padding(loaded.model, loaded.name)
+
+
+def require_batches(methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], controls: Sequence[str], batch_size: int) -> None:
+    """Raises UnsupportedError, with the reasons, where prompts of this run cannot be read together."""
+    if batch_size == 1:
+        return
+    kinds = {load_task(task).kind for task in tasks}
+    reasons = []
+    if "picture" in kinds:
+        reasons.append("each question about a picture is asked by itself")
+    if "class" in kinds:
+        reasons.append("each picture is drawn by itself, from its own seed")
+    if compressing := [label for label, group in methods.items() if is_compressing(group)]:
+        reasons.append(f"{', '.join(compressing)}: what a compressed cache holds is told of each prompt")
+    if controls:
+        reasons.append(f"the controls {', '.join(controls)} run at the budget that was reached on each prompt, which a batch does not tell apart: "
+                       "--controls none goes without")  # fmt: skip
+    if reasons:
+        raise UnsupportedError(f"prompts of this run cannot be read in batches of {batch_size}; --batch-size 1 can be had:", reasons)
 
 
 def _samples(loaded: LoadedModel, key: SampleKey, n: int, seed: int) -> Sequence[AnySample]:
@@ -154,7 +192,7 @@ def _require_same_prompt(folder: RunFolder, key: SampleKey, sample: AnySample) -
     """Raises where a resumed run would compare methods on different prompts: their text comes from Python's own library."""
     if (before := folder.prompt_hash(key)) is not None and before != sample.prompt_hash:
         raise AccelError(
-            f"prompt {key.sample} of {_place(key)} is not the one that {folder.path} was begun with: "
+            f"prompt {key.sample} of {place(key)} is not the one that {folder.path} was begun with: "
             "resume it with the same Python, tokenizer and version of accel, or start a new run"
         )
 
@@ -169,110 +207,8 @@ def _methods_for(key: SampleKey, methods: Mapping[str, Sequence[Method]], contro
     reference = control.references[0]
     found = folder.get(key._replace(label=reference))
     if found is None:
-        raise AccelError(f"{key.label} needs what {reference} read on {_place(key)}, prompt {key.sample}, which was not run")
+        raise AccelError(f"{key.label} needs what {reference} read on {place(key)}, prompt {key.sample}, which was not run")
     return [build_control(control, methods[reference], found)]
-
-
-@dataclass
-class _Scorer:
-    """How the text samples of a run are scored: behind_cache where one of its methods drops cache entries, dense and all."""
-
-    loaded: LoadedModel
-    behind_cache: bool
-    shares_prefill: bool
-    prefix: Prefix | None = None
-
-    def prepare(self, sample: Sample, methods: Sequence[Method]) -> Prefix | None:
-        """The prefill that this sample goes on from; ask with no method on."""
-        if not (self.behind_cache and self.shares_prefill and can_share(methods)):
-            return None
-        if self.prefix is None or self.prefix.prompt_hash != sample.prompt_hash:
-            self.prefix = shared_prefix(self.loaded.model, sample)
-        return self.prefix
-
-    def score(self, sample: Sample, prefix: Prefix | None, on_prefill: Callable[[], None]) -> Scored:
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        if self.behind_cache:
-            return score_behind_cache(model, tokenizer, sample, prefix=prefix, on_prefill=on_prefill)
-        return score(model, tokenizer, sample, on_prefill=on_prefill)
-
-
-def _measure(scorer: _Scorer, key: SampleKey, sample: AnySample, methods: Sequence[Method], album: Album) -> SampleRecord:
-    """Scores one sample with the methods on; the counters are read when the prompt is through, so that decoding does not dilute them."""
-    loaded = scorer.loaded
-    prefix = scorer.prepare(sample, methods) if isinstance(sample, Sample) else None
-    dense = dense_picture(image_model(loaded), key, sample, album) if isinstance(sample, ClassSample) else None
-    prefill: dict[str, Any] = {"density": None, "sparse_calls": 0, "dense_calls": {}, "selection_ms": None}
-    events: list[PruningEvent] = []
-    at_prompt: dict[str, int] = {}
-    with ExitStack() as stack:
-        handle = stack.enter_context(accel.apply(loaded.model, *methods)) if methods else None
-        if handle is not None:
-            stack.enter_context(handle.observe_pruning(events.append))
-
-        def count() -> None:
-            prefill.update(_counters(loaded, handle, events))
-            if handle is not None:
-                at_prompt.update(held_now(handle.stats.cache))
-
-        if isinstance(sample, Sample):
-            outcome = _scored(scorer, key, sample, prefix, count)
-        elif isinstance(sample, PictureSample):
-            outcome = _asked(loaded, key, sample, count)
-        else:
-            outcome = draw_sample(image_model(loaded), key, sample, album, dense=dense, on_drawn=count)
-        if handle is not None and (held := held_figures(handle.stats.cache, at_prompt, outcome["n_tokens"])) is not None:
-            prefill["cache"] = held
-    options = [{m.method_name(): m.changed_options()} for m in methods]
-    outcome = {**outcome, **prefill, "visual_tokens": prefill.get("visual_tokens") or outcome.get("visual_tokens", 0)}
-    return SampleRecord(
-        task=key.task, label=key.label, options=options, tokens=key.tokens, sample=key.sample, seed=sample.seed, prompt_hash=sample.prompt_hash,
-        keep=keep_of(methods), **outcome,
-    )  # fmt: skip
-
-
-def _scored(scorer: _Scorer, key: SampleKey, sample: Sample, prefix: Prefix | None, on_prefill: Callable[[], None]) -> dict[str, Any]:
-    """What a text sample adds to its record."""
-    scored = scorer.score(sample, prefix, on_prefill)
-    if not all(math.isfinite(p) for p in scored.log_probs):
-        raise AccelError(f"{key.label} gives log-probabilities that are not finite on {_place(key)}, prompt {key.sample}")
-    return {
-        "n_tokens": sample.n_prompt or len(sample.input_ids), "log_prob": statistics.fmean(scored.log_probs), "exact": statistics.fmean(scored.hits),
-        "log_probs": scored.log_probs, "hits": scored.hits, "questions": [a.question for a in sample.answers],
-        "expected": [a.text for a in sample.answers], "answers": scored.texts, "prefill_ms": scored.prefill_ms,
-    }  # fmt: skip
-
-
-def _asked(loaded: LoadedModel, key: SampleKey, sample: PictureSample, on_prefill: Any) -> dict[str, Any]:
-    """What a question about a picture adds to its record."""
-    reply = ask(vision_model(loaded), sample, on_prefill=on_prefill)
-    hit = float(is_right(reply.text, sample.answers))
-    return {
-        "n_tokens": reply.n_prompt, "log_prob": None, "exact": hit, "log_probs": [], "hits": [hit], "questions": [sample.question],
-        "expected": [sample.answers[0]], "answers": [reply.text], "prefill_ms": reply.prefill_ms, "picture_hash": sample.picture_hash,
-        "visual_tokens": reply.n_visual,
-    }  # fmt: skip
-
-
-def _counters(loaded: LoadedModel, handle: Handle | None, events: Sequence[PruningEvent]) -> dict[str, Any]:
-    """What a handle counted in one prompt. events: its pruning stages."""
-    if handle is None:
-        return {}
-    counted, tokens = handle.stats.as_dict(), handle.stats.tokens
-    found = {name: counted[name] for name in ("density", "sparse_calls", "dense_calls")}
-    found |= {"selection_ms": counted["selection_s"] * 1e3}
-    if tokens.patches:
-        found |= {"visual_tokens": tokens.patches, "kept_tokens": tokens.kept_patches, "kept_share": tokens.kept_share}
-        n_layers = tokens.all_layer_tokens // tokens.patches
-        found |= {"structural_tokens": tokens.structural, "layer_tokens": layer_tokens(events, tokens.patches + tokens.structural, n_layers)}
-    if handle.stats.cache.generations:
-        found["cache"] = cache_figures(handle.stats.cache, model_info(loaded))
-    return {**found, "not_pruned": {reason: n for reason, n in tokens.skipped.items() if n}}
-
-
-def _place(key: SampleKey) -> str:
-    """ "needle at 2048 tokens"; the task alone where there is no length."""
-    return f"{key.task} at {key.tokens} tokens" if key.tokens else key.task
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from accel.evals.results import SampleRecord
+from accel.evals.timing_summary import timings_of
 
 BASELINE = "dense"
 # prompts with more answers than this are texts, not questions
@@ -55,6 +56,7 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
         "calls": {"sparse": n_sparse, "dense": dense_calls},
         "prefill_ms": _spread([r.prefill_ms for r in records]),
         "selection_ms": _spread(selection) if selection else None,
+        **timings_of(records),
         "hash": {"prompts": sorted({r.prompt_hash for r in records})},
         "note": _note(n_sparse, dense_calls, _added([r.not_pruned for r in records])),
     }
@@ -103,7 +105,7 @@ def answer_rows(records: Sequence[SampleRecord]) -> list[dict[str, Any]]:
     """
     return [
         {"task": r.task, "question": f"{r.task} {r.tokens}: {question}", "expected": expected, "label": r.label,
-         "answer": expected if hit else answer, "log_prob": log_prob}
+         "answer": expected if hit == 1.0 else answer, "log_prob": log_prob}
         for r in records
         if r.sample == 0 and r.picture_hash is None and r.features is None and len(r.expected) <= MOST_ANSWERS_SHOWN
         for question, expected, answer, hit, log_prob in zip(r.questions, r.expected, r.answers, r.hits, r.log_probs, strict=True)

@@ -1,5 +1,8 @@
 """The `accel` command. Each sub-command is one file in this folder: `HELP`, `add_arguments(parser)` and `main(args) -> int`.
 
+A name of two words is a file with "_" between them: `accel bench serve` is bench_serve.py.
+One with `TAKES_MORE = True` gets the words that its parser does not know, in their order, as `args.more`.
+
 The files are read, not imported, to list them; only the chosen one is imported. So help appears at once, whatever a sub-command needs.
 """
 
@@ -24,10 +27,13 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code: 0 only when everything asked for was done."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _joined(list(sys.argv[1:] if argv is None else argv))
     try:
-        args = _parser(words).parse_args(words)
-        code: int = args.run(args)
+        parser = _parser(words)
+        args, more = parser.parse_known_args(words)
+        if more and not args.takes_more:
+            parser.error(f"unrecognized arguments: {' '.join(more)}")
+        code: int = args.run(argparse.Namespace(**vars(args), more=more))
         sys.stdout.flush()
     except AccelError as error:
         return _failed(error, str(error))
@@ -42,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader went away (`accel ls | head`); without this Python complains once more while it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:        # a full disk, a file that cannot be written
+        return _failed(error, str(error))
     return code
 
 
@@ -51,8 +59,14 @@ def commands(folder: Path | None = None) -> dict[str, str]:
     for path in sorted((folder or Path(__file__).parent).glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "add_arguments" for node in tree.body):
-            found[path.stem] = _help_line(tree)
+            found[path.stem.replace("_", " ")] = _help_line(tree)
     return found
+
+
+def _joined(words: list[str]) -> list[str]:
+    """The words of a command line, a command of two words as one of them."""
+    name = " ".join(words[:2])
+    return [name, *words[2:]] if name in commands() else words
 
 
 def _help_line(tree: ast.Module) -> str:
@@ -79,9 +93,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         as_help = line.replace("%", "%%")
         command = choices.add_parser(name, help=as_help, description=line, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == chosen:
-            module = importlib.import_module(f"accel.cli.{name}")
+            module = importlib.import_module(f"accel.cli.{name.replace(' ', '_')}")
             module.add_arguments(command)
-            command.set_defaults(run=module.main)
+            command.set_defaults(run=module.main, takes_more=getattr(module, "TAKES_MORE", False))
     return parser
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from accel.errors import AccelError, OptionError
 if TYPE_CHECKING:
     from accel.evals.controls import Control
     from accel.evals.models import LoadedModel
-    from accel.evals.results import RunFolder, SampleRecord
+    from accel.evals.results import RunFolder, SampleKey, SampleRecord
     from accel.evals.visual_layers import Prices
     from accel.protocols import Method
 
@@ -34,10 +37,11 @@ COMPRESSION = "h2o"
 DEFAULTS: dict[str, Any] = {
     "model": None, "method": None, "recipe": None, "tasks": "needle,fewshot", "lengths": "4k", "samples": None, "controls": None, "keeps": None,
     "shared_prefill": None, "seed": 0, "dtype": "auto", "device": "cpu", "threads": None, "out": None, "resume": None, "limit": None,
+    "batch_size": 1, "warmup": 1,
 }  # fmt: skip
 WHOLE = ("samples", "threads", "limit")
 # settings that a run folder keeps
-KEPT = ("model", "device", "seed", "samples", "dtype", "tasks", "lengths", "controls", "keeps", "shared_prefill")
+KEPT = ("model", "device", "seed", "samples", "dtype", "tasks", "lengths", "controls", "keeps", "shared_prefill", "threads", "batch_size", "warmup")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=f"repeatable (default: {default})")
     parser.add_argument("--recipe", help="a recipe file, measured as one more variant")
     names = ", ".join(_task_files())
-    groups = "task names, ruler, scenes (questions about pictures), or all (all text tasks)"
+    groups = "task names, ruler, infinitebench, scenes (questions about pictures), all (all text tasks), or data:FILE (prompts of your own)"
     parser.add_argument("--tasks", help=f"{groups}; {names} (default: {DEFAULTS['tasks']})")
     parser.add_argument("--lengths", help="lengths of text prompts in tokens, such as 2k,4k (default: 4k)")
     parser.add_argument("--samples", type=int, help=f"prompts per task and length, or pictures per task (default: 1, or {PICTURES} pictures)")
@@ -65,9 +69,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder for the results (default: runs/<date>-run)")
     parser.add_argument("--resume", action="store_const", const=True, help="go on with the run in --out by its own settings; finished samples stay")
     parser.add_argument("--limit", type=int, help="stop after so many new samples; the exit code is 1 while some are missing")
-    parser.add_argument("--config", help="a YAML file with any of these settings; flags override it")
+    together = "text prompts read together, padded; scores stay those of single prompts, times are of the batch (default: 1)"
+    parser.add_argument("--batch-size", type=int, metavar="N", help=together)
+    warm = "untimed passes before the first sample of each label and length, in which peak memory on a CPU is measured (default: 1)"
+    parser.add_argument("--warmup", type=int, help=warm)
+    again = "or the config.yaml of a run, which is then run again in --out, sample for sample"
+    parser.add_argument("--config", help=f"a YAML file with any of these settings, {again}; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
     parser.epilog = (
+        "several GPUs, or with --device cpu several processes on CPUs, share out the prompts of one run:\n"
+        "  accelerate launch --multi_gpu --num_processes 4 -m accel run --device cuda --tasks ruler --out runs/a\n"
         "examples:\n  accel run --model smollm2 --method flexprefill:gamma=0.9,min_budget=256,min_seq_len=0 --tasks needle --lengths 2k\n"
         "  accel run --model small-vlm --method fastervlm --tasks scenes --keeps 0.5,0.25,0.1 --samples 100\n"
         "  accel run --model smollm2 --method snapkv --tasks key_value,needle --lengths 2k --keeps 0.5,0.3,0.1 --samples 10\n"
@@ -77,16 +88,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs what is missing, prints the table and writes the run folder. 0 when every sample asked for is there, 1 when the limit came first."""
+    args, earlier = _with_recorded(args)
     settings = merge_settings(args, DEFAULTS, WHOLE)
     if settings["resume"] and not settings["out"]:
         raise OptionError("--resume needs the folder of the run: give it with --out")
-    earlier = _earlier(Path(settings["out"])) if settings["resume"] else {}
+    if settings["resume"]:
+        earlier = _earlier(Path(settings["out"]))
     if settings["resume"] and not earlier:
         raise OptionError(f"there is no run in {settings['out']} to go on with; without --resume a new one begins there")
     settings = merge_settings(args, {**DEFAULTS, **{key: earlier[key] for key in KEPT if key in earlier}}, WHOLE)
-    for name in ("limit", "samples"):
-        if settings[name] is not None and settings[name] < 1:
-            raise OptionError(f"--{name} must be at least 1, got {settings[name]}")
+    for name, least in (("limit", 1), ("samples", 1), ("batch_size", 1), ("warmup", 0)):
+        if settings[name] is not None and settings[name] < least:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, got {settings[name]}")
     settle_threads(settings["threads"])
     from accel.evals.tasks import expand_names, load_task
 
@@ -96,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
     if settings["model"] is None:
         # tasks of several kinds have no model of their own: the usual one refuses them, and says why
         settings["model"] = MODELS[kinds.pop() if len(kinds) == 1 else "text"]
-        if settings["model"] != MODELS["text"]:
+        if settings["model"] != MODELS["text"] and _is_first():
             print(f"no --model was given: taking {settings['model']}, which can run {', '.join(tasks)}", file=sys.stderr)
     if settings["samples"] is None:
         settings["samples"] = PICTURES if is_about_pictures or is_drawing else 1
@@ -106,6 +119,29 @@ def main(args: argparse.Namespace) -> int:
         print_settings(settings)
         return 0
     return _run(settings, variants, tasks, lengths, controls, earlier)
+
+
+def _with_recorded(args: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The arguments without a --config that is the config.yaml of a run, and what that file says; the same arguments and nothing for all others."""
+    if not args.config or Path(args.config).name != "config.yaml":
+        return args, {}
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(args.config).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        # told where settings are merged
+        return args, {}
+    if not isinstance(found, dict) or found.get("command") != "run":
+        return args, {}
+    if args.resume:
+        raise OptionError(f"--resume goes by the settings in --out, and {args.config} are those of a run: give one of the two")
+    return argparse.Namespace(**{**vars(args), "config": None}), found
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all that a launcher has started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _earlier(path: Path) -> dict[str, Any]:
@@ -159,70 +195,143 @@ def _run(
     settings: Mapping[str, Any], variants: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], controls: Sequence[str],
     earlier: Mapping[str, Any],
 ) -> int:  # fmt: skip
+    """Measures what is missing, shared out among the processes of a launcher; the first of them puts it together and reports."""
     from accel.cli.bench import check_variants
-    from accel.evals.cache_summary import cache_notices, cache_settings, paired_caches
+    from accel.evals.cache_summary import cache_settings
     from accel.evals.controls import plan_controls, reference_label
-    from accel.evals.drawn_summary import summarise_drawn
     from accel.evals.models import load_model, reads_ahead
+    from accel.evals.parallel import join_team, launcher_trap
+    from accel.evals.report import require_packages
     from accel.evals.results import RunFolder
-    from accel.evals.runner import check_run, head_rows, model_info, require_kinds, run_accuracy, wanted_samples
+    from accel.evals.runner import check_run, model_info, require_batches, require_kinds, run_accuracy, wanted_samples
 
-    dtype, reason = choose_dtype(settings["dtype"], settings["device"])
+    require_packages("scipy")
+    team = join_team(settings["device"])
+    tell = _Teller(team.is_main)
+    if trap := launcher_trap():
+        tell(f"accel: {trap}")
+    device = team.device(settings["device"])
+    dtype, reason = choose_dtype(settings["dtype"], device)
     plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in variants.items()}
     config = {
         "command": "run", **{key: settings[key] for key in ("model", "device", "seed", "samples")}, "dtype": dtype, "tasks": list(tasks),
         # through JSON: YAML files hold no tuples
         "lengths": list(lengths), "controls": list(controls), "reference": reference_label(variants), "methods": json.loads(json.dumps(plain)),
         **({"keeps": parse_keeps(settings["keeps"])} if settings["keeps"] else {}), **cache_settings(variants, tasks, settings),
+        **{key: settings[key] for key in ("threads", "batch_size", "warmup") if settings[key] != DEFAULTS[key]},
     }  # fmt: skip
     if files := {label: found for label, methods in variants.items() if (found := by_content(methods)) != plain[label]}:
         config["files"] = json.loads(json.dumps(files))
-    _tell_changes(earlier, config, settings["out"])
+    tell(_changes(earlier, config, settings))
     # what is wrong without the model is told before it is loaded, and what is wrong with it before a folder is made
     if settings["out"]:
         RunFolder.check(settings["out"], config, resume=bool(settings["resume"]))
-    path = Path(settings["out"]) if settings["resume"] else free_folder("run", settings["out"], may_hold=("config.yaml", "samples.jsonl"))
+    may_hold = ("config.yaml", "samples.jsonl")
+    path = team.agree(Path(settings["out"]) if settings["resume"] else free_folder("run", settings["out"], may_hold=may_hold))
+    RunFolder.check(path, config, resume=bool(settings["resume"]))
     plan_controls(controls, variants)
+    require_batches(variants, tasks, controls, settings["batch_size"])
     if (kinds := reads_ahead(settings["model"])) is not None:
         require_kinds(settings["model"], kinds, tasks)
-    print(f"results: {path}; loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
-    loaded = load_model(settings["model"], dtype=dtype, device=settings["device"])
+    tell(f"results: {path}; loading {settings['model']} in {dtype} ({reason})")
+    loaded = load_model(settings["model"], dtype=dtype, device=device)
     notices = check_variants(loaded.model, variants)
-    check_run(loaded, variants, tasks, lengths, settings["samples"])
-    folder = RunFolder.create(path, config, resume=bool(settings["resume"]))
-    try:
-        rows = run_accuracy(
+    check_run(loaded, variants, tasks, lengths, settings["samples"], controls=controls, batch_size=settings["batch_size"])
+    # all have looked at the folder as it was before it is made, and read it before one of them adds to it
+    team.wait()
+    folder = RunFolder.create(path, config, resume=bool(settings["resume"])) if team.is_main else None
+    team.wait()
+    folder = folder or RunFolder.join(path, config, part=team.index)
+    team.wait()
+    with _saying_what_is_saved(folder, tell):
+        run_accuracy(
             loaded, variants, tasks, lengths, n=settings["samples"], seed=settings["seed"], folder=folder, controls=controls, limit=settings["limit"],
-            shares_prefill=bool(settings["shared_prefill"]),
-        )
+            shares_prefill=bool(settings["shared_prefill"]), batch_size=settings["batch_size"], warmup=settings["warmup"], team=team,
+        )  # fmt: skip
+        team.wait()
+        team.leave()
+        if not team.is_main:
+            return 0
         planned = plan_controls(controls, variants, model_info(loaded))
-        wanted = wanted_samples(variants, tasks, lengths, n=settings["samples"], controls=planned)
-        n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
-        done = [record for key in wanted if (record := folder.get(key)) is not None]
-        notices += cache_notices(config, rows)
-        extra = {"notices": notices, **paired_caches(done, planned), **_pictures(loaded, done, variants, planned)}
-        extra |= summarise_drawn(loaded, done, planned)
-        if heads := head_rows(loaded, variants):
-            extra["heads"] = heads
-        sections = _report(loaded, folder, rows, extra=extra, settings=settings, dtype_reason=reason, n_missing=n_missing)
-        _draw(loaded, folder, rows, sections, variants, planned, done)
-    except KeyboardInterrupt:
-        n = len(folder.done())
-        print(f"accel: {n} {'sample is' if n == 1 else 'samples are'} saved. Go on with `{_go_on(folder)}`", file=sys.stderr)
-        raise
+        wanted = wanted_samples(variants, tasks, lengths, n=settings["samples"], controls=planned, batch_size=settings["batch_size"])
+        folder.collect(wanted)
+        if team.size > 1:
+            shared = ", which share the processor, and times are those of that" if device == "cpu" else ""
+            notices.append(f"Measured by {team.size} processes at once{shared}.")
+        if settings["batch_size"] > 1:
+            notices.append(f"Prompts were read in batches of {settings['batch_size']}: prefill times, memory and densities are those of a batch.")
+        return _finish(loaded, folder, wanted, planned, variants, settings, notices, dtype_reason=reason)
+
+
+def _finish(
+    loaded: LoadedModel, folder: RunFolder, wanted: Sequence[SampleKey], planned: Sequence[Control], variants: Mapping[str, Sequence[Method]],
+    settings: Mapping[str, Any], notices: Sequence[str], *, dtype_reason: str,
+) -> int:  # fmt: skip
+    """Writes the result and the reports and prints the tables; 0 when all wanted samples are there."""
+    from accel.evals.cache_summary import cache_notices, paired_caches
+    from accel.evals.drawn_summary import summarise_drawn
+    from accel.evals.run_summary import summarise_run
+    from accel.evals.runner import head_rows, rows_of
+
+    rows = rows_of(folder, wanted)
+    n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
+    done = [record for key in wanted if (record := folder.get(key)) is not None]
+    told = [*notices, *cache_notices(folder.config, rows)]
+    if plain := dict.fromkeys(record.task for record in done if record.has_template is False):
+        told.append(f"{loaded.name} has no chat template: the prompts of {', '.join(plain)} are plain text.")
+    extra = {"notices": told, **paired_caches(done, planned), **_pictures(loaded, done, variants, planned)}
+    extra |= summarise_drawn(loaded, done, planned)
+    extra |= summarise_run(done, rows, list(variants), planned, extra.get("gates", []))
+    if heads := head_rows(loaded, variants):
+        extra["heads"] = heads
+    sections = _report(loaded, folder, rows, extra=extra, settings=settings, dtype_reason=dtype_reason, n_missing=n_missing)
+    _draw(loaded, folder, rows, sections, variants, planned, done)
     return 1 if n_missing else 0
 
 
-def _tell_changes(earlier: Mapping[str, Any], config: Mapping[str, Any], out: str) -> None:
-    """Says on stderr how far the run that is resumed goes otherwise now. AccelError where a profile, or another file of a method, was changed."""
+class _Teller:
+    """Prints lines on stderr, in one of several processes."""
+
+    def __init__(self, is_heard: bool) -> None:
+        self._is_heard = is_heard
+
+    def __call__(self, text: str) -> None:
+        if text and self._is_heard:
+            print(text, file=sys.stderr)
+
+
+@contextmanager
+def _saying_what_is_saved(folder: RunFolder, tell: _Teller) -> Iterator[None]:
+    """Says how to go on where the run is interrupted, by Ctrl-C or by the SIGTERM of a launcher or batch system, or cannot save."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except (KeyboardInterrupt, AccelError, OSError):
+        n = folder.n_saved()
+        tell(f"accel: {n} {'sample is' if n == 1 else 'samples are'} saved. Go on with `{_go_on(folder)}`")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _changes(earlier: Mapping[str, Any], config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """How far the run that is resumed goes otherwise now; empty where it does not. AccelError where a profile, or another file of a method, was
+    changed since the run that is resumed or run again.
+    """
     for label, before in earlier.get("files", {}).items():
         now = config.get("files", {}).get(label)
         if label in config["methods"] and now != before:
-            raise AccelError(f"{out} cannot be resumed: a file of {label} is another one than it was begun with ({before}, now {now})")
+            asked = f"{settings['out']} cannot be resumed" if settings["resume"] else "that run cannot be run again"
+            raise AccelError(f"{asked}: a file of {label} is another one than it was begun with ({before}, now {now})")
     changed = [name for name in ("samples", "tasks", "lengths", "controls", "keeps") if name in earlier and earlier[name] != config.get(name)]
-    if changed:
-        told = "; ".join(f"{name} was {earlier[name]}, is {config.get(name, 'none')}" for name in changed)
-        print(f"accel: the run goes on with other settings ({told}); samples beyond them stay in its folder and out of its tables", file=sys.stderr)
+    if not changed or not settings["resume"]:
+        return ""
+    told = "; ".join(f"{name} was {earlier[name]}, is {config.get(name, 'none')}" for name in changed)
+    return f"accel: the run goes on with other settings ({told}); samples beyond them stay in its folder and out of its tables"
 
 
 def _go_on(folder: RunFolder) -> str:
@@ -247,12 +356,15 @@ def _draw(
     from accel.evals.drawn import image_model
     from accel.evals.gallery import run_gallery
     from accel.evals.report import write_reports
+    from accel.evals.run_summary import map_heads
 
     try:
         passing = [gate["task"] for gate in sections.get("gates", []) if gate["passes"]]
         pictures = {"overlays": run_gallery(loaded, folder, variants, controls, passing)} if passing else {}
         if sections.get("drawn"):
             pictures["grids"] = draw_grids(image_model(loaded), folder, done)
+        config = folder.config
+        pictures |= {"block_maps": maps} if (maps := map_heads(loaded, variants, config["tasks"], config["lengths"], seed=config["seed"])) else {}
         if pictures:
             folder.finish(rows, **{**sections, **pictures})
     finally:
@@ -296,13 +408,18 @@ def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
     """The tables on stdout: text first, then pictures."""
     from accel.cli.table import print_table
     from accel.evals.report_cache import paired_table
+    from accel.evals.report_comparisons import comparison_table
     from accel.evals.report_drawn import drawn_sections
     from accel.evals.report_pictures import gate_table, headline, keep_table, savings_table, text_scores
     from accel.evals.report_sections import accuracy_table
+    from accel.evals.summary import BASELINE
 
     scores = text_scores({"scores": rows})
     tables = [accuracy_table(scores)] if scores else []
     tables += [paired_table(extra["cache_paired"])] if extra.get("cache_paired") else []
+    # the report has those with the controls as well
+    beside_dense = [row for row in extra.get("comparisons", []) if row["other"] == BASELINE]
+    tables += [comparison_table(beside_dense)] if beside_dense else []
     tables += [table for section in drawn_sections(extra) for table in section.tables]
     if extra.get("gates"):
         tables.append(gate_table(extra["gates"]))

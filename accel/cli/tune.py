@@ -1,4 +1,4 @@
-"""`accel tune`: the length from which a sparse method pays (`crossover`), a search over options, or making what a method needs. Writes a recipe."""
+"""`accel tune`: from which length a sparse method pays (`crossover`), a search over options, or making what a method needs. Writes a recipe."""
 
 from __future__ import annotations
 
@@ -12,21 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from accel.cli.measuring import choose_dtype, merge_settings, print_settings, settle_threads
 from accel.errors import OptionError
+from accel.tune import ACCURACY_AT_LATENCY
 
 if TYPE_CHECKING:
     from accel.evals.models import LoadedModel
     from accel.protocols import Calibration, Method
+    from accel.tune_front import FrontResult
 
 HELP = "calibration: from which length a method pays here, or its best options; writes a recipe"
 
 CROSSOVER = "crossover"
 DEFAULTS: dict[str, Any] = {
-    "what": None, "model": "smollm2", "method": "flexprefill", "lengths": "1k,2k,4k,8k", "objective": None, "data": None, "trials": None,
+    "what": None, "model": "smollm2", "method": "flexprefill", "lengths": None, "objective": None, "data": None, "trials": None,
+    "tasks": "needle,fewshot", "samples": 8, "margin": 0.02, "search": None,
     "dtype": "auto", "device": "cpu", "repeats": 5, "threads": None, "seed": 0, "out": None,
 }  # fmt: skip
 # settings that say nothing elsewhere
 OF_CROSSOVER = ("method", "lengths", "repeats")
 OF_SEARCH = ("objective", "trials")
+OF_TRADE_OFF = ("tasks", "samples", "margin", "search")
+# and that say nothing of a search on tasks
+OF_OTHERS = ("method", "repeats", "data")
+# prompt lengths of a crossover, and of a search on tasks
+LENGTHS, TASK_LENGTHS = "1k,2k,4k,8k", "2k"
 TRIALS = 60
 
 
@@ -39,9 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", metavar="WHAT", help="crossover, or METHOD[:OPTION=VALUE,…] to search its other options or train it")
     parser.add_argument("--model", help="an embedded model, a folder, or a hub id (default: smollm2)")
     parser.add_argument("--method", metavar="NAME[:OPTION=VALUE,…]", help="crossover: the sparse method (default: flexprefill)")
-    parser.add_argument("--lengths", help="crossover: prompt lengths (default: 1k,2k,4k,8k)")
+    lengths = f"prompt lengths of a crossover (default: {LENGTHS}) or of {ACCURACY_AT_LATENCY} (default: {TASK_LENGTHS})"
+    parser.add_argument("--lengths", help=lengths)
     parser.add_argument("--repeats", type=int, help="crossover: timed rounds over all variants in turn (default: 5)")
-    parser.add_argument("--objective", help="search: what to optimise (default: the method's only objective)")
+    objective = f"search: what to optimise (default: the method's only one); {ACCURACY_AT_LATENCY}: of any method, the fastest within a margin"
+    parser.add_argument("--objective", help=objective)
+    parser.add_argument("--tasks", help=f"{ACCURACY_AT_LATENCY}: tasks as for accel run (default: {DEFAULTS['tasks']})")
+    parser.add_argument("--samples", type=int, help=f"{ACCURACY_AT_LATENCY}: prompts per task and length (default: {DEFAULTS['samples']})")
+    parser.add_argument("--margin", type=float, help=f"{ACCURACY_AT_LATENCY}: score that may be lost against dense (default: {DEFAULTS['margin']})")
+    searched = f"{ACCURACY_AT_LATENCY}: an option to search beyond the method's own, as keep=0.1..0.9 or mode=a|b; repeatable"
+    parser.add_argument("--search", action="append", metavar="OPTION=LOW..HIGH", help=searched)
     parser.add_argument("--data", help=data)
     parser.add_argument("--trials", type=int, help=f"search: trials in all; the same call again goes on after a stop (default: {TRIALS})")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
@@ -54,31 +69,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n  accel tune crossover --model smollm2 --method flexprefill:min_budget=256 --lengths 1k,2k,4k,8k --out recipe.yaml\n"
         "  accel tune vflowopt:keep=0.25 --model small-vlm --data scenes --trials 60\n  accel tune dyvte --model small-vlm --data scenes\n"
-        "  accel tune hack:keep=0.3 --model small-var --data classes"
+        "  accel tune hack:keep=0.3 --model small-var --data classes\n"
+        f"  accel tune flexprefill:min_seq_len=0 --objective {ACCURACY_AT_LATENCY} --tasks needle,fewshot --lengths 1k,2k --samples 8 --trials 40\n"
+        f"  accel tune fastervlm --objective {ACCURACY_AT_LATENCY} --model small-vlm --tasks scenes --samples 50 --search keep=0.1..0.9"
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Lists what can be tuned, or measures and writes a recipe. 0 when that was done."""
-    settings = merge_settings(args, DEFAULTS)
-    what = settings["what"]
+    settings = merge_settings(args, DEFAULTS, ("samples", "trials"))
+    what, is_trade_off = settings["what"], settings["objective"] == ACCURACY_AT_LATENCY
+    settings["lengths"] = settings["lengths"] or (TASK_LENGTHS if is_trade_off else LENGTHS)
+    if not is_trade_off and (given := [f"--{name}" for name in OF_TRADE_OFF if getattr(args, name) is not None]):
+        raise OptionError(f"{' and '.join(given)} belong to --objective {ACCURACY_AT_LATENCY}")
     if what is None and not args.dry_run:
         return _list_all()
     settle_threads(settings["threads"])
     if what is None or what == CROSSOVER:
         if args.dry_run:
-            print_settings({key: value for key, value in settings.items() if what is None or key not in (*OF_SEARCH, "data")})
+            print_settings({key: value for key, value in settings.items() if what is None or key not in (*OF_SEARCH, *OF_TRADE_OFF, "data")})
             return 0
         return _crossover(settings)
     from accel.cli.options import parse_method
 
     method = parse_method(what)
+    if is_trade_off:
+        if args.dry_run:
+            print_settings({key: value for key, value in settings.items() if key not in OF_OTHERS})
+            return 0
+        return _trade_off(method, _given(what, method), settings)
     calibration, asked = type(method).calibration(), [f"--{name}" for name in OF_SEARCH if settings[name] is not None]
     if calibration is not None and asked:
         _require_search(method, calibration, what, asked)
     is_calibration = calibration is not None and not asked
     if args.dry_run:
-        print_settings({key: value for key, value in settings.items() if key not in OF_CROSSOVER + OF_SEARCH * is_calibration})
+        print_settings({key: value for key, value in settings.items() if key not in OF_CROSSOVER + OF_TRADE_OFF + OF_SEARCH * is_calibration})
         return 0
     if settings["data"] is None and not asked:
         return _list_one(method.method_name())
@@ -102,7 +127,8 @@ def _require_search(method: Method, calibration: Calibration, what: str, asked: 
 def _list_all() -> int:
     from accel.registry import method_names
 
-    print("crossover: from which length a sparse-attention method is faster than the best dense attention on this machine\n")
+    print("crossover: from which length a sparse-attention method is faster than the best dense attention on this machine")
+    print(f"--objective {ACCURACY_AT_LATENCY}: of any method here with options to search, the fastest on tasks within a margin of dense's score\n")
     for name in method_names():
         _list_one(name)
     return 0
@@ -178,6 +204,61 @@ def _search(method: Method, given: Mapping[str, Any], settings: Mapping[str, Any
     print(f"{objective.name}: {result.score:.6g} (defaults: {default}); {result.n_done} trials, {result.n_failed} failed")
     print(f"wrote {result.recipe}")
     return 0
+
+
+def _trade_off(method: Method, given: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+    """Runs or resumes a search for accuracy against latency, and reports it. 1 where no trial came within the margin."""
+    from accel.cli.measuring import describe_run, finish_run
+    from accel.cli.options import parse_lengths, split_items
+    from accel.evals.report import require_packages
+    from accel.evals.runner import check_run
+    from accel.evals.tasks import expand_names, load_task
+    from accel.evals.trade_off import TRIED, TradeOff, require_answers, tuning_result
+    from accel.tune_front import check_margin, parse_search, search_space, tune_front
+
+    require_packages()
+    name, tasks, lengths = method.method_name(), expand_names(split_items(settings["tasks"])), parse_lengths(settings["lengths"])
+    added = parse_search(split_items(settings["search"]) if settings["search"] else [])
+    search_space(name, given, added)
+    check_margin(settings["margin"])
+    require_answers(tasks)
+    folder = Path(settings["out"] or f"runs/tune-{name}")
+    loaded = _load(settings)
+    check_run(loaded, {TRIED: [method]}, tasks, lengths, settings["samples"])
+    measure = TradeOff(loaded, tasks, lengths, settings["samples"], settings["seed"], folder / "samples")
+    has_text = any(load_task(task).kind == "text" for task in tasks)
+    about = {"model": loaded.name, "dtype": str(loaded.model.dtype), "device": settings["device"], "tasks": ", ".join(tasks),
+             **({"lengths": ", ".join(map(str, lengths))} if has_text else {}), "samples": str(settings["samples"]),
+             "seed": str(settings["seed"])}  # fmt: skip
+    found = tune_front(
+        name, measure, trials=TRIALS if settings["trials"] is None else settings["trials"], folder=folder, margin=settings["margin"], fixed=given,
+        added=added, about=about, seed=settings["seed"],
+    )  # fmt: skip
+    _, reason = choose_dtype(settings["dtype"], settings["device"])
+    said = {key: value for key, value in settings.items() if key not in OF_OTHERS}
+    head = describe_run("tune", f"{settings['what']}: accuracy against latency", loaded, said, dtype_reason=reason)
+    result = tuning_result(found, margin=settings["margin"], tasks=tasks)
+    _print_trials(result)
+    print(_chosen(found, settings["margin"]))
+    print(f"wrote {found.recipe}")
+    finish_run(folder, {**head, **result})
+    return 0 if found.within_margin else 1
+
+
+def _print_trials(result: Mapping[str, Any]) -> None:
+    from accel.cli.table import print_table
+    from accel.evals.report_trials import trial_table
+
+    table = trial_table(result["trials"])
+    print_table(table.headers, table.rows, title="Trials, the fastest first", text_columns=table.text_columns)
+
+
+def _chosen(found: FrontResult, margin: float) -> str:
+    reached = found.measured
+    line = f"score {reached.score:.3f} (dense {reached.dense_score:.3f}) in {reached.time_share:.2f} of dense's prefill time"
+    if found.within_margin:
+        return f"chosen: {line}, the fastest of {len(found.rows)} trials within {margin:g} of dense"
+    return f"no trial came within {margin:g} of dense; the best has {line}"
 
 
 def _calibrate(method: Method, calibration: Calibration, given: Mapping[str, Any], settings: Mapping[str, Any]) -> int:

@@ -94,6 +94,12 @@ class LoadedImageModel(LoadedModel):
         return ("class",)
 
 
+def require_positions(loaded: LoadedModel, n_tokens: int, what: str) -> None:
+    """Raises OptionError where `what` takes more tokens than the model can hold: beyond them its answers mean nothing."""
+    if (most := loaded.max_positions) is not None and n_tokens > most:
+        raise OptionError(f"{loaded.name} holds {most} tokens, and {what} takes {n_tokens}")
+
+
 def embedded_names() -> list[str]:
     """Names of the models that ship with accel: the sub-folders here that hold a `load.py`, with "-" for "_"."""
     return sorted(path.parent.name.replace("_", "-") for path in Path(__file__).parent.glob("*/load.py"))
@@ -103,6 +109,19 @@ def embedded_recipe(name: str) -> Path | None:
     """The recipe of an embedded model, without loading the model; None where there is none."""
     path = Path(__file__).parent / name.replace("-", "_") / "recipe.yaml"
     return path if name in embedded_names() and path.exists() else None
+
+
+def pretrained_path(name_or_path: str) -> str:
+    """What `from_pretrained` and vLLM take: the folder of an embedded model, made first where it ships in another format; other names as they are.
+
+    Raises AccelError for an embedded model that is no transformers model.
+    """
+    if name_or_path not in embedded_names():
+        return name_or_path
+    folder = getattr(_loader(name_or_path), "folder", None)
+    if folder is None:
+        raise AccelError(f"the embedded model {name_or_path} has a class of accel's own, which only accel runs")
+    return str(folder())
 
 
 def reads_ahead(name_or_path: str) -> tuple[Kind, ...] | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tiny_llama import save_tiny
 from accel.cli.main import main
 from accel.cli.options import read_variants
 from accel.errors import OptionError
+from accel.evals.results import MEASURED
 
 SPARSE = "flexprefill:min_seq_len=0,min_budget=128,block_size=64,gamma=0.6"
 
@@ -68,6 +72,8 @@ def test_the_dry_run_shows_flags_over_file_over_defaults(tmp_path: Path, capsys:
         (["--resume"], "--out"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--samples", "0"], "--samples must be at least 1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--warmup", "-1"], "--warmup must be at least 0"),
         (["--keeps", "0.5"], "such as --method fastervlm"),
         (["--tasks", "scene"], "did you mean 'scenes'"),
         (["--lengths", "4q"], "a length is"),
@@ -77,8 +83,8 @@ def test_the_dry_run_shows_flags_over_file_over_defaults(tmp_path: Path, capsys:
         (["--method", "flexprefill", "--keeps", "0.5"], "keeps are tried on methods that prune tokens"),
     ],
     ids=[
-        "task", "method", "resume_without_folder", "limit", "samples", "keeps_without_pruning", "group", "length", "keep_one", "keep_too_much",
-        "keep_word", "keeps_of_nothing",
+        "task", "method", "resume_without_folder", "limit", "samples", "batch", "warmup", "keeps_without_pruning", "group", "length", "keep_one",
+        "keep_too_much", "keep_word", "keeps_of_nothing",
     ],
 )
 def test_a_wrong_word_is_told_before_anything_loads(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,18 +187,20 @@ def test_a_folder_without_samples_can_be_used_again(model: str, tmp_path: Path) 
 def test_an_interrupted_run_tells_how_to_go_on_and_needs_nothing_else(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from accel.evals import runner
+    from accel.evals.measuring import Measurer
 
-    folder, measured = tmp_path / "r", runner._measure
+    folder, measured = tmp_path / "r", Measurer.measure
     with monkeypatch.context() as patch:
 
-        def interrupted(loaded: Any, key: Any, *rest: Any) -> Any:
-            if key.label != "dense":
-                raise KeyboardInterrupt
-            return measured(loaded, key, *rest)
+        def interrupted(measurer: Any, keys: Any, *rest: Any) -> Any:
+            if keys[0].label != "dense":
+                # what a launcher, or a batch system, sends
+                os.kill(os.getpid(), signal.SIGTERM)
+            return measured(measurer, keys, *rest)
 
-        patch.setattr(runner, "_measure", interrupted)
+        patch.setattr(Measurer, "measure", interrupted)
         assert run(model, "--out", str(folder), "--seed", "3") == 130
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert f"1 sample is saved. Go on with `accel run --out {folder} --resume`" in capsys.readouterr().err
     before = yaml.safe_load((folder / "config.yaml").read_text())
     assert main(["run", "--out", str(folder), "--resume"]) == 0
@@ -200,6 +208,76 @@ def test_an_interrupted_run_tells_how_to_go_on_and_needs_nothing_else(
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
     assert main(["run", "--out", str(folder), "--resume", "--seed", "4"]) == 2
     assert "seed differs from its config.yaml" in capsys.readouterr().err
+
+
+def samples_but_for_times(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
+def test_a_run_is_run_again_from_its_own_settings(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--seed", "7", "--samples", "2", "--controls", "random_blocks", "--out", str(tmp_path / "a")) == 0
+    config = str(tmp_path / "a" / "config.yaml")
+    assert main(["run", "--config", config, "--out", str(tmp_path / "b")]) == 0
+    assert samples_but_for_times(tmp_path / "b") == samples_but_for_times(tmp_path / "a")
+    assert (tmp_path / "b" / "config.yaml").read_text() == (tmp_path / "a" / "config.yaml").read_text()
+    # flags still override
+    assert main(["run", "--config", config, "--samples", "1", "--controls", "none", "--out", str(tmp_path / "c")]) == 0
+    assert [line["label"][:5] for line in samples_but_for_times(tmp_path / "c")] == ["dense", "flexp"]
+    capsys.readouterr()
+    assert main(["run", "--config", config, "--out", str(tmp_path / "c"), "--resume"]) == 2
+    assert "give one of the two" in capsys.readouterr().err
+
+
+def test_a_full_disk_fails_the_run_and_what_was_saved_is_gone_on_with(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine, folder = os.fsync, tmp_path / "r"
+
+    def full(number: int) -> None:
+        if (folder / "samples.jsonl").exists() and (folder / "samples.jsonl").read_bytes().count(b"\n") == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        genuine(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert run(model, "--out", str(folder)) == 2
+    said = capsys.readouterr().err
+    assert f"cannot write {folder / 'samples.jsonl'}: No space left on device" in said
+    assert f"2 samples are saved. Go on with `accel run --out {folder} --resume`" in said
+    assert main(["run", "--out", str(folder), "--resume"]) == 0
+    assert len(samples_but_for_times(folder)) == 4
+
+
+def test_a_report_that_cannot_be_written_fails_the_run_without_a_traceback(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "report.html")
+
+    monkeypatch.setattr("accel.evals.report.write_reports", full)
+    assert run(model, "--controls", "none", "--out", str(tmp_path / "r")) == 2
+    said = capsys.readouterr().err
+    assert "No space left on device: 'report.html'" in said
+    assert "2 samples are saved" in said
+    assert json.loads((tmp_path / "r" / "result.json").read_text())["n_missing"] == 0
+
+
+def test_a_batch_scores_as_single_prompts_and_says_so(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--samples", "3", "--controls", "none"]
+    assert run(model, *words, "--out", str(tmp_path / "one")) == 0
+    assert run(model, *words, "--batch-size", "2", "--out", str(tmp_path / "two")) == 0
+    assert "in batches of 2" in capsys.readouterr().out
+    one, two = ({(line["label"], line["sample"]): line for line in samples_but_for_times(tmp_path / name)} for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, line in one.items():
+        assert two[key]["log_probs"] == pytest.approx(line["log_probs"], abs=1e-3)
+        assert two[key]["hits"] == line["hits"]
+        assert two[key]["batch"] == (1 if key[1] == 2 else 2)
+    # whatever the size of the batches, the folder tells it when the run goes on or is run again
+    assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["batch_size"] == 2
+    assert main(["run", "--out", str(tmp_path / "two"), "--resume", "--batch-size", "3"]) == 2
+    assert "batch_size differs" in capsys.readouterr().err
 
 
 PICTURES = ["run", "--model", "small-vlm", "--dtype", "float32", "--method", "fastervlm", "--keeps", "0.5,0.25", "--tasks", "scene_color"]

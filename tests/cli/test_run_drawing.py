@@ -69,7 +69,7 @@ def test_a_failure_while_pictures_are_drawn_loses_nothing_and_the_next_run_only_
     first, samples = json.loads((out / "result.json").read_text()), (out / "samples.jsonl").read_text()
     assert "grids" not in first
     assert (out / "report.html").exists()
-    monkeypatch.setattr("accel.evals.runner.draw_sample", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr("accel.evals.measuring.draw_sample", lambda *_, **__: pytest.fail("measured again"))
     assert main([*WORDS, "--samples", "2", "--out", str(out), "--resume"]) == 0
     second = json.loads((out / "result.json").read_text())
     assert (out / "samples.jsonl").read_text() == samples

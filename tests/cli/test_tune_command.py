@@ -99,11 +99,12 @@ def test_a_text_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     "words, shown, hidden",
     [
-        (("crossover",), ("what: crossover", "method:", "lengths:", "repeats:"), ("trials:", "data:", "objective:")),
+        (("crossover",), ("what: crossover", "method:", "lengths: 1k,2k,4k,8k", "repeats:"), ("trials:", "data:", "objective:", "margin:")),
+        (("flexprefill", "--objective", "accuracy@latency"), ("tasks: needle,fewshot", "lengths: 2k", "margin: 0.02"), ("method:", "data:")),
         (("hack:keep=0.5",), ("what: hack:keep=0.5", "data:"), ("trials:", "objective:", "method:", "lengths:", "repeats:")),
         (("vflowopt", "--trials", "3"), ("what: vflowopt", "trials: 3", "data:", "objective:"), ("method:", "lengths:", "repeats:")),
     ],
-    ids=["crossover", "calibration", "search"],
+    ids=["crossover", "trade_off", "calibration", "search"],
 )
 def test_a_dry_run_says_what_is_tuned_and_by_which_settings(
     words: tuple[str, ...], shown: tuple[str, ...], hidden: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -138,7 +139,9 @@ def test_help_shows_a_calibration_of_each_kind_of_data(capsys: pytest.CaptureFix
 def test_the_list_speaks_of_the_crossover_only_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune"]) == 0
     blocks: dict[str, list[str]] = {}
-    for line in capsys.readouterr().out.splitlines()[1:]:
+    crossover, trade_off, *lines = capsys.readouterr().out.splitlines()
+    assert (crossover.split(":")[0], trade_off.split(":")[0]) == ("crossover", "--objective accuracy@latency")
+    for line in lines:
         if line and not line.startswith(" "):
             name = line.split(":")[0]
         blocks.setdefault(name if line else "", []).append(line)

@@ -100,9 +100,9 @@ def test_html_loads_nothing(result: dict[str, Any]) -> None:
 
 def test_html_has_the_figures(result: dict[str, Any]) -> None:
     page = Page(render_html(result))
-    # time against length, accuracy against density; one head's map and the overview of all heads
-    assert page.tags.count("svg") == 2
-    assert page.tags.count("img") == 2
+    # time against length, accuracy against density, density of all heads; one head's map
+    assert page.tags.count("svg") == 3
+    assert page.tags.count("img") == 1
     assert "#010203" not in render_html(result), "the ink of a figure must become the page's own colour"
 
 

@@ -29,7 +29,7 @@ from accel.evals.picture_summary import (
     unfinished,
 )
 from accel.evals.pictures import ask, is_right, prompt_of
-from accel.evals.results import RunFolder, SampleRecord
+from accel.evals.results import MEASURED, RunFolder, SampleRecord
 from accel.evals.runner import model_info, run_accuracy, wanted_samples
 from accel.evals.summary import summarise
 from accel.evals.tasks import PictureTask, load_task
@@ -148,7 +148,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(
     before = (tmp_path / "samples.jsonl").read_text()
     resumed = run(loaded, RunFolder.create(tmp_path, CONFIG, resume=True), tasks=["scene_color"])
     assert (tmp_path / "samples.jsonl").read_text().startswith(before)
-    unstable = ("prefill_ms", "selection_ms")
+    unstable = (*MEASURED, "selection_share")
     assert [{k: v for k, v in row.items() if k not in unstable} for row in resumed] == [
         {k: v for k, v in row.items() if k not in unstable} for row in finished[1] if row["task"] == "scene_color"
     ]

@@ -1,0 +1,200 @@
+"""Run folders side by side: what is joined, what is told to be unlike, what is refused, and when a gate fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import write_bench, write_run
+
+from accel.errors import AccelError, OptionError, UnsupportedError
+from accel.evals.compare import compare, display_names, read_sources
+from accel.evals.compare_gate import failures, gate_rows, parse_margins
+
+pytest.importorskip("scipy")
+
+
+def gated(folder: Path, given: str, confidence: float | None = None) -> list[dict[str, Any]]:
+    sources = read_sources([folder])
+    return gate_rows(sources, parse_margins([given]), display_names(sources), confidence=confidence)
+
+
+# --- joining ------------------------------------------------------------------------------------------------------------------
+
+
+def test_times_of_a_bench_are_joined_by_label_and_options(tmp_path: Path) -> None:
+    write_run(tmp_path / "scores", {"m": [1, 1, 0, 1]}, prefill_ms={"m": 70.0})
+    write_bench(tmp_path / "times", {"dense (sdpa)": 100.0, "dense (accel)": 80.0, "m": 40.0})
+    result = compare(read_sources([tmp_path / "scores", tmp_path / "times"]))
+    found = {row["label"]: row for row in result["fronts"]}
+    assert {label: row["ms"] for label, row in found.items()} == {"dense": 100.0, "dense (accel)": 80.0, "m": 40.0}
+    assert found["dense (accel)"]["score"] == found["dense"]["score"] == 1.0, "our dense path computes the same"
+    assert {label for label, row in found.items() if row["is_front"]} == {"dense (accel)", "m"}
+    assert result["notices"] == []
+
+
+def test_another_option_under_the_same_label_is_not_joined_and_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "scores", {"m": [1, 1]})
+    write_bench(tmp_path / "times", {"dense (sdpa)": 100.0, "m": 40.0}, gamma=0.5)
+    result = compare(read_sources([tmp_path / "scores", tmp_path / "times"]))
+    assert {row["time"] for row in result["fronts"]} == {"prefill_ms"}
+    assert any("times timed what no folder has scores of (another label or other options): m" in line for line in result["notices"])
+
+
+def test_other_machines_have_fronts_of_their_own(tmp_path: Path) -> None:
+    write_run(tmp_path / "scores", {"m": [1, 1]}, device="Small, 1 threads")
+    write_run(tmp_path / "more", {"n": [1, 0]}, device="Large, 64 threads")
+    write_bench(tmp_path / "times", {"dense (sdpa)": 100.0, "m": 1.0}, device="Large, 64 threads")
+    result = compare(read_sources([tmp_path / "scores", tmp_path / "more", tmp_path / "times"]))
+    rows = {(row["machine"], row["label"]): row["time"] for row in result["fronts"]}
+    assert set(rows.values()) == {"prefill_ms"}, "a time of the large machine is none of the small one"
+    assert {machine for machine, _ in rows} == {"Small, 1 threads, float32", "Large, 64 threads, float32"}
+    assert any(line.startswith("Other machines, threads, data types or batches") for line in result["notices"])
+
+
+def test_a_label_of_two_folders_is_shown_twice_and_the_later_one_compared_with_the_first(tmp_path: Path) -> None:
+    write_run(tmp_path / "old", {"m": [1, 1, 1, 0]})
+    write_run(tmp_path / "new", {"m": [1, 0, 0, 0]})
+    result = compare(read_sources([tmp_path / "old", tmp_path / "new"]))
+    assert [row["label"] for row in result["scores"]] == ["dense [old]", "m [old]", "dense [new]", "m [new]"]
+    rows = {(row["label"], row["other"]): row for row in result["comparisons"]}
+    assert set(rows) == {("m [old]", "dense [old]"), ("m [new]", "dense [new]"), ("m [new]", "m [old]")}
+    assert (rows["m [new]", "m [old]"]["better"], rows["m [new]", "m [old]"]["worse"]) == (0, 2)
+
+
+def test_the_only_methods_of_two_folders_are_compared_with_each_other(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"m": [1, 1]})
+    write_run(tmp_path / "b", {"n": [0, 0]})
+    pairs = {(row["label"], row["other"]) for row in compare(read_sources([tmp_path / "a", tmp_path / "b"]))["comparisons"]}
+    assert ("n", "m") in pairs
+
+
+def test_samples_beyond_the_settings_of_a_run_and_half_written_lines_stay_out(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {"m": [1, 1, 0]}, samples=2)
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write('{"task": "needle", "la')
+    before = (folder / "samples.jsonl").read_bytes()
+    [source] = read_sources([folder])
+    assert {record.sample for record in source.records} == {0, 1}
+    assert (folder / "samples.jsonl").read_bytes() == before, "another process may be writing there"
+
+
+# --- what is unlike -----------------------------------------------------------------------------------------------------------
+
+
+def test_other_models_are_refused_by_name(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"m": [1]})
+    write_run(tmp_path / "b", {"m": [1]}, model="other")
+    with pytest.raises(UnsupportedError, match="different models") as caught:
+        read_sources([tmp_path / "a", tmp_path / "b"])
+    assert caught.value.reasons == ["a: tiny", "b: other"]
+
+
+def test_other_seeds_and_prompts_are_told_and_never_paired(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"m": [1, 1]})
+    write_run(tmp_path / "b", {"m": [0, 0]}, seed=1, prompt="b")
+    write_run(tmp_path / "c", {"m": [0, 0]}, prompt="c")
+    result = compare(read_sources([tmp_path / "a", tmp_path / "b", tmp_path / "c"]))
+    assert "Other seeds make other prompts, which are not compared one by one (a, c: 0; b: 1)." in result["notices"]
+    assert "needle at 1024 tokens: 2 of 2 prompts of c are not those of a; they are not compared one by one." in result["notices"]
+    assert not any(row["other"].startswith("m") for row in result["comparisons"])
+
+
+def test_an_unfinished_run_and_other_versions_are_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"m": [1]}, n_missing=3)
+    write_run(tmp_path / "b", {"m": [1]}, env={"torch": "9.9"})
+    notices = compare(read_sources([tmp_path / "a", tmp_path / "b"]))["notices"]
+    assert "a is not finished: 3 samples are missing." in notices
+    assert "Other versions of torch: a: 2.13; b: 9.9." in notices
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, "holds no result.json"),
+        (lambda folder: (folder / "result.json").write_text("{"), "cannot read"),
+        (lambda folder: (folder / "result.json").write_text('{"command": "demo"}'), "was written by `accel demo`: compare takes folders of"),
+        (lambda folder: (folder / "result.json").write_text('{"command": "run", "scores": []}'), "holds no samples"),
+    ],
+    ids=["empty", "broken", "demo", "no_samples"],
+)
+def test_what_is_no_run_folder_is_refused(prepare: Any, message: str, tmp_path: Path) -> None:
+    prepare(tmp_path)
+    with pytest.raises(AccelError, match=message):
+        read_sources([tmp_path])
+
+
+def test_folders_without_scores_and_folders_named_twice_are_refused(tmp_path: Path) -> None:
+    write_bench(tmp_path / "times", {"dense (sdpa)": 1.0})
+    with pytest.raises(OptionError, match="none of these folders holds scores"):
+        read_sources([tmp_path / "times"])
+    with pytest.raises(OptionError, match="named twice"):
+        read_sources([tmp_path / "times", tmp_path / "times" / ".." / "times"])
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / parent / "run", {"m": [1]}) for parent in ("x", "y")]
+    assert [source.name for source in read_sources(folders)] == ["x/run", "y/run"]
+
+
+# --- the gate -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("margin", "passes"), [("0.25", True), ("0.2", False), ("needle=0.25", True), ("0.01,needle=0.25", True), ("1,needle=0.2", False)]
+)  # fmt: skip
+def test_the_gate_fails_where_more_is_lost_than_the_margin(margin: str, passes: bool, tmp_path: Path) -> None:
+    [row] = gated(write_run(tmp_path / "a", {"m": [1, 1, 1, 0]}), margin)
+    assert (row["loss"], row["n"], row["passes"]) == (0.25, 4, passes)
+
+
+def test_the_sentence_names_method_task_length_loss_and_margin(tmp_path: Path) -> None:
+    rows = gated(write_run(tmp_path / "a", {"m": [1, 1, 1, 0]}), "0.02")
+    assert failures(rows) == ["gate: m on needle at 1024 tokens: it loses 0.250 of score against dense, more than the margin of 0.02 (4 prompts)"]
+
+
+def test_a_gain_passes_and_controls_are_not_gated(tmp_path: Path) -> None:
+    rows = gated(write_run(tmp_path / "a", {"m": [1, 1], "random": [0, 0]}, dense=[1, 0], controls=["random"]), "0")
+    assert [(row["label"], row["loss"], row["passes"]) for row in rows] == [("m", -0.5, True)]
+
+
+def test_with_a_confidence_few_prompts_do_not_pass_though_nothing_was_lost(tmp_path: Path) -> None:
+    few, many = (write_run(tmp_path / str(n), {"m": [1] * n}) for n in (4, 200))
+    assert gated(few, "0.02")[0]["passes"]
+    [row] = gated(few, "0.02", 0.95)
+    assert (row["passes"], row["loss"]) == (False, 0.0)
+    assert "it loses nothing (+0.000 of score) against dense, and up to 0.403 cannot be ruled out (95%, one-sided, 4 prompts)" in row["why"]
+    assert gated(many, "0.02", 0.95)[0]["passes"]
+
+
+def test_a_perplexity_is_gated_by_its_rise(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {"m": [0, 0, 0]}, log_prob={"dense": -2.0, "m": -2.03}, metric="perplexity")
+    [row] = gated(folder, "0.02")
+    assert row["loss"] == pytest.approx(2.718281828**0.03 - 1)
+    assert not row["passes"]
+    assert "of perplexity" in row["why"]
+    assert gated(folder, "0.04")[0]["passes"]
+    assert gated(folder, "0.04", 0.95)[0]["bound"] == pytest.approx(row["loss"]), "three prompts that agree"
+
+
+def test_prompts_that_were_not_answered_fail_the_gate(tmp_path: Path) -> None:
+    [row] = gated(write_run(tmp_path / "a", {"m": [1, 1]}, samples=3, dense=[1, 1, 1]), "1")
+    assert not row["passes"]
+    assert "have both answered 2 of 3 prompts" in row["why"]
+
+
+@pytest.mark.parametrize("given", ["x", "needle=", "=0.1", "-0.1", "2", "needle=nan"])
+def test_margins_are_checked(given: str) -> None:
+    with pytest.raises(OptionError, match="a gate is a margin of score"):
+        parse_margins([given])
+
+
+def test_gates_without_an_object_are_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {"m": [1]})
+    with pytest.raises(OptionError, match=r"no folder has scores of ruler.*There are: needle"):
+        gated(folder, "ruler=0.1")
+    with pytest.raises(OptionError, match="nothing to be gated"):
+        gated(write_run(tmp_path / "b", {"random": [1]}, controls=["random"]), "0.1")
+    with pytest.raises(OptionError, match=r"between 0.5 and 1"):
+        gated(folder, "0.1", 95)

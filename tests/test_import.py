@@ -13,7 +13,7 @@ import pytest
 import accel
 
 ROOT = Path(__file__).parent.parent
-HEAVY = {"torch", "transformers", "triton", "vllm", "datasets", "matplotlib", "optuna", "numpy", "yaml"}
+HEAVY = {"torch", "transformers", "triton", "vllm", "datasets", "matplotlib", "optuna", "scipy", "numpy", "yaml"}
 
 
 def modules_after(code: str) -> set[str]:

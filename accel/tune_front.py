@@ -7,12 +7,14 @@ the fastest whose score is at most `margin` below dense's; the front holds what 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from accel.errors import OptionError, UnsupportedError
+from accel.evals.fronts import on_front
 from accel.protocols import Choice, Method, Uniform
 from accel.recipe import Recipe
 from accel.registry import build, method_class
@@ -118,16 +120,21 @@ def _searched(text: str) -> tuple[str, Uniform | Choice]:
     if option and dots and first is not None and last is not None and first < last:
         return option, Uniform(first, last, is_integer=isinstance(first, int) and isinstance(last, int))
     if option and not dots and "|" in values:
-        return option, Choice(tuple(yaml.safe_load(value) for value in values.split("|")))
+        try:
+            return option, Choice(tuple(yaml.safe_load(value) for value in values.split("|")))
+        except yaml.YAMLError as error:
+            raise OptionError(f"--search {text}: cannot read one of the values of {option}") from error
     raise OptionError(f"--search takes OPTION=LOW..HIGH or OPTION=A|B, such as keep=0.1..0.9; got {text!r}")
 
 
 def _number(word: str) -> int | float | None:
+    """The finite number that a word is; None for any other word."""
     for kind in (int, float):
         try:
-            return kind(word)
+            number = kind(word)
         except ValueError:
             continue
+        return number if math.isfinite(number) else None
     return None
 
 
@@ -138,7 +145,8 @@ def front_of(study: Any, space: Space, default: Method, margin: float) -> list[d
         for t in succeeded(study)
     ]
     chosen = choose(rows, margin)
-    return [{**row, "is_front": not any(_beats(other, row) for other in rows), "is_chosen": row is chosen} for row in rows]
+    front = on_front([row["score"] for row in rows], [row["time_share"] for row in rows])
+    return [{**row, "is_front": is_best, "is_chosen": row is chosen} for row, is_best in zip(rows, front, strict=True)]
 
 
 def choose(rows: Sequence[Mapping[str, Any]], margin: float) -> Mapping[str, Any] | None:
@@ -152,11 +160,6 @@ def choose(rows: Sequence[Mapping[str, Any]], margin: float) -> Mapping[str, Any
 def is_within(row: Mapping[str, Any], margin: float) -> bool:
     # a loss that is the margin but for rounding is within it
     return bool(row["dense_score"] - row["score"] <= margin + 1e-9)
-
-
-def _beats(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    at_least = a["score"] >= b["score"] and a["time_share"] <= b["time_share"]
-    return bool(at_least and (a["score"] > b["score"] or a["time_share"] < b["time_share"]))
 
 
 def _so_far(rows: Sequence[Mapping[str, Any]]) -> str:

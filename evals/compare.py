@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from accel.errors import AccelError, OptionError, UnsupportedError
-from accel.evals.fronts import CLEAN, front_rows
-from accel.evals.results import SCHEMA, SampleRecord
+from accel.evals.fronts import CLEAN, front_rows, without_times
+from accel.evals.results import SCHEMA, SampleKey, SampleRecord
 from accel.evals.run_summary import log_prob_tasks
 from accel.evals.significance import compared
 from accel.evals.summary import BASELINE
+from accel.registry import build
 
 Row = dict[str, Any]
 # environment that scores may depend on, and must not in CI
@@ -54,9 +55,10 @@ class Source:
 
     @property
     def scores(self) -> list[Row]:
-        """Rows of `scores` without the tasks about pictures that failed their gate."""
+        """Rows of `scores` without the tasks about pictures that failed their gate, and without times that cannot be compared."""
         failed = {gate["task"] for gate in self.result.get("gates", []) if not gate["passes"]}
-        return [dict(row) for row in self.result.get("scores", []) if row["task"] not in failed]
+        shown = [dict(row) for row in self.result.get("scores", []) if row["task"] not in failed]
+        return without_times(shown) if self.config.get("shared_prefill") else shown
 
     @property
     def methods(self) -> list[str]:
@@ -88,7 +90,8 @@ def compare(sources: Sequence[Source]) -> dict[str, Any]:
     scores = [{**row, "label": names[source.name, row["label"]]} for source in runs for row in source.scores]
     failed = {gate["task"] for source in runs for gate in source.result.get("gates", []) if not gate["passes"]}
     fronts = _fronts(sources, names)
-    notices = [*_unlike(sources), *_prompts_that_differ(runs), *_unfinished(runs), *_without_front(scores, fronts)]
+    notices = [*_unlike(sources), *_timed_twice(benches), *_prompts_that_differ(runs), *_unfinished(runs), *_failed_gates(runs),
+               *_without_front(scores, fronts)]  # fmt: skip
     labels = {source.name: f" [{source.name}]" if len(benches) > 1 else "" for source in benches}
     return {
         "schema": SCHEMA, "command": "compare", "title": f"{', '.join(s.name for s in sources)}: accuracy against time",
@@ -145,20 +148,25 @@ def _read(folder: Path, name: str) -> Source:
     shown = {(row["task"], row.get("tokens") or 0, row["label"]) for row in result.get("scores", [])}
     n = result.get("config", {}).get("samples")
     mine = [r for r in records if (r.task, r.tokens, r.label) in shown and (n is None or r.sample < n)]
+    if lacking := shown - {(r.task, r.tokens, r.label) for r in mine}:
+        task, tokens, label = sorted(lacking)[0]
+        raise AccelError(f"{folder}: result.json has scores of {label} on {_place(task, tokens)}, and samples.jsonl has none of its samples")
     return Source(name, folder, result, mine)
 
 
 def _records(folder: Path) -> list[SampleRecord]:
-    """The finished samples; a last line that is only half there is left alone, since the run may be going on."""
-    found = []
+    """The finished samples, each once; a last line that is only half there is left alone, since the run may be going on."""
+    found: dict[SampleKey, SampleRecord] = {}
     for file in sorted(folder.glob("samples*.jsonl")):
         data = file.read_bytes()
         for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
             try:
-                found.append(SampleRecord(**json.loads(line)))
+                record = SampleRecord(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise AccelError(f"{file}, line {number}, is no sample of this version of accel: {error}") from error
-    return found
+            # a file of a further process that has been taken in may still lie there
+            found.setdefault(record.key, record)
+    return list(found.values())
 
 
 def _describe(source: Source) -> Row:
@@ -232,9 +240,19 @@ def _is_same(row: Mapping[str, Any], methods: Sequence[Mapping[str, Any]] | None
         return False
     for timed, entry in zip(row["methods"], methods, strict=True):
         [(name, changed)] = entry.items()
-        if timed["method"] != name or any(_plain(timed.get(option)) != _plain(value) for option, value in changed.items()):
+        # a recipe's label does not tell its options: those that the run left at their defaults count too
+        wanted = {**{option: value for option, value in _defaults(name).items() if option in timed}, **changed}
+        if timed["method"] != name or any(_plain(timed.get(option)) != _plain(value) for option, value in wanted.items()):
             return False
     return True
+
+
+def _defaults(name: str) -> Mapping[str, Any]:
+    """The options of a method with nothing changed; empty for one that is not installed here."""
+    try:
+        return build(name).options()
+    except OptionError:
+        return {}
 
 
 def _plain(value: Any) -> Any:
@@ -302,6 +320,24 @@ def _prompts_that_differ(runs: Sequence[Source]) -> list[str]:
 
 def _unfinished(runs: Sequence[Source]) -> list[str]:
     return [f"{source.name} is not finished: {n} samples are missing." for source in runs if (n := source.result.get("n_missing"))]
+
+
+def _failed_gates(runs: Sequence[Source]) -> list[str]:
+    """A line for each folder with tasks about pictures that dense does not see well enough."""
+    failed = {source.name: [gate["task"] for gate in source.result.get("gates", []) if not gate["passes"]] for source in runs}
+    return [f"{name}: {', '.join(tasks)} left out of everything, since dense itself did not pass the gate there."
+            for name, tasks in failed.items() if tasks]  # fmt: skip
+
+
+def _timed_twice(benches: Sequence[Source]) -> list[str]:
+    """A line where folders of one machine have timed the same: a front can show one of the times only."""
+    found: dict[tuple[str, str, int], list[str]] = {}
+    for source in benches:
+        for row in source.result.get("latency", []):
+            if row["metric"] == CLEAN:
+                found.setdefault((source.machine, row["label"], row["tokens"]), []).append(source.name)
+    return [f"{_place(label, tokens)} was timed in {', '.join(names)}: accuracy against time goes by the last of them."
+            for (_, label, tokens), names in found.items() if len(names) > 1]  # fmt: skip
 
 
 def _without_front(scores: Sequence[Row], fronts: Sequence[Row]) -> list[str]:

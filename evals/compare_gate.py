@@ -83,7 +83,7 @@ def _verdict(
     mine: Sequence[SampleRecord], dense: Sequence[SampleRecord], margin: float, confidence: float | None, *, is_log_prob: bool, wanted: int | None
 ) -> dict[str, Any]:  # fmt: skip
     pairs = pair_up(mine, dense)
-    n_wanted = max(len(mine), len(dense), wanted or 0)
+    n_wanted = max(len(mine), len(dense), wanted or 1)
     if len(pairs) < n_wanted:
         why = f"it and dense have both answered {len(pairs)} of {n_wanted} prompts, which is no basis for a gate"
         return {"n": len(pairs), "loss": None, "bound": None, "passes": False, "why": why}

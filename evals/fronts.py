@@ -17,6 +17,11 @@ def on_front(scores: Sequence[float], costs: Sequence[float]) -> list[bool]:
     return [not any(s >= score and c <= cost and (s > score or c < cost) for s, c in points) for score, cost in points]
 
 
+def without_times(scores: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows whose prompts of text have no time: behind a shared prefill some labels were timed on its rest only, others on the whole prompt."""
+    return [{**row, SCORED: None} if row.get("kind", "text") == "text" else dict(row) for row in scores]
+
+
 def front_rows(scores: Sequence[Row], latency: Sequence[Row] = ()) -> list[dict[str, Any]]:
     """`fronts` of a result: a row per length and label, in the order of `scores`; no rows for a length with fewer than two labels that have a time.
 

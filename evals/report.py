@@ -103,7 +103,8 @@ def figures_of(result: Mapping[str, Any]) -> list[Figure]:
     """Every picture that the result supports."""
     latency, scores = result.get("latency", []), text_scores(result)
     colours = plots.colour_by_label([*latency, *scores])
-    timed = [*latency, *([] if latency else prefill_rows(scores))]
+    shares_prefill = bool(result.get("config", {}).get("shared_prefill"))
+    timed = [*latency, *([] if latency or shares_prefill else prefill_rows(scores))]
     figures = [figure for metric, unit, name in _TIME_FIGURES if (figure := _time_figure(metric, timed, colours, unit=unit, y_label=name))]
     about_pictures = [*_keep_figures(result.get("means", [])), *_exit_figures(spread_exits(result)), *_attention_figures(result.get("attention"))]
     drawn = [*drawn_figures(result.get("drawn", [])), *head_figures(result.get("heads", []))]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from accel.evals.depths import depth_rows
-from accel.evals.fronts import front_rows
+from accel.evals.fronts import front_rows, without_times
 from accel.evals.positions import position_rows
 from accel.evals.results import SampleRecord
 from accel.evals.significance import compared, planned_pairs
@@ -22,11 +22,12 @@ MOST_MAPPED_TOKENS = 32768
 
 def summarise_run(
     records: Sequence[SampleRecord], rows: Sequence[Mapping[str, Any]], methods: Sequence[str], controls: Sequence[Control],
-    gates: Sequence[Mapping[str, Any]] = (),
+    gates: Sequence[Mapping[str, Any]] = (), *, shares_prefill: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Sections of a result.json: `comparisons`, `depths`, `positions` and `fronts`, those that have rows.
 
-    rows: of `summary.summarise`. methods: labels. gates: of pictures; tasks that failed theirs are left out, as everywhere.
+    rows: of `summary.summarise`. methods: labels. gates: of pictures; tasks that failed theirs are left out, as everywhere. shares_prefill: whether
+    the run did, so that the times of its prompts of text cannot be compared.
     """
     failed = {gate["task"] for gate in gates if not gate["passes"]}
     shown = [row for row in rows if row["task"] not in failed]
@@ -35,7 +36,7 @@ def summarise_run(
         "comparisons": compared(records, planned_pairs(methods, controls), log_prob_tasks=texts, left_out=failed),
         "depths": depth_rows([r for r in records if r.task not in texts]),
         "positions": position_rows([r for r in records if r.task in texts]),
-        "fronts": front_rows(shown),
+        "fronts": front_rows(without_times(shown) if shares_prefill else shown),
     }
     return {key: value for key, value in found.items() if value}
 

@@ -23,7 +23,7 @@ from accel.evals.summary import BASELINE, summarise
 from accel.evals.tasks import Task, load_task
 from accel.protocols import Method
 
-__all__ = ["Block", "check_run", "head_rows", "model_info", "require_kinds", "rows_of", "run_accuracy", "wanted_samples"]
+__all__ = ["Block", "check_run", "head_rows", "model_info", "require_kinds", "require_samples", "rows_of", "run_accuracy", "wanted_samples"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def check_run(
     loaded: LoadedModel, methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], n: int, *,
     controls: Sequence[str] = (), batch_size: int = 1,
 ) -> None:  # fmt: skip
-    """Everything that can be known before the first prompt, so that a long run does not fail in the middle."""
+    """Everything that can be known before the first prompt is made, so that a long run does not fail in the middle."""
     if n < 1 or batch_size < 1:
         raise OptionError(f"the number of samples and the batch size must be at least 1, got {n} and {batch_size}")
     require_batches(methods, tasks, controls, batch_size)
@@ -162,6 +162,16 @@ def check_run(
         raise OptionError(f"{loaded.name} holds {most} tokens, asked for prompts of {', '.join(map(str, too_long))}")
     if batch_size > 1:
         require_padding(loaded.model, loaded.name)
+
+
+def require_samples(loaded: LoadedModel, tasks: Sequence[str], lengths: Sequence[int], n: int, seed: int) -> None:
+    """Raises OptionError where a text task has no prompts of such a length, or fewer than n; ask before the first of them is measured.
+
+    One prompt of each length is made; of tasks that have only so many, all that were asked for.
+    """
+    for task in (found for name in tasks if isinstance(found := load_task(name), Task)):
+        for tokens in lengths:
+            task.samples(loaded.tokenizer, tokens, 1 if task.most_samples is None else n, seed)
 
 
 def require_batches(methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], controls: Sequence[str], batch_size: int) -> None:

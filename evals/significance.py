@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MCNEMAR, SIGNS = "exact McNemar", "sign flips"
 # below so many units, the bootstrap gives intervals that are far too narrow
 FEWEST_UNITS = 20
-# sign patterns: all of them up to twelve units that differ, so many drawn ones beyond
+# sign patterns: all of them up to 13 units that differ, so many drawn ones beyond
 N_PATTERNS = 9999
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from accel.evals.results import SampleRecord
-from accel.evals.timing_summary import timings_of
+from accel.evals.timing_summary import spread, timings_of
 
 BASELINE = "dense"
 # prompts with more answers than this are texts, not questions
@@ -54,8 +54,8 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
         "visual_tokens": statistics.fmean(r.visual_tokens for r in records),
         "cache": cache_of(records),
         "calls": {"sparse": n_sparse, "dense": dense_calls},
-        "prefill_ms": _spread([r.prefill_ms for r in records]),
-        "selection_ms": _spread(selection) if selection else None,
+        "prefill_ms": spread([r.prefill_ms for r in records]),
+        "selection_ms": spread(selection),
         **timings_of(records),
         "hash": {"prompts": sorted({r.prompt_hash for r in records})},
         "note": _note(n_sparse, dense_calls, _added([r.not_pruned for r in records])),
@@ -117,14 +117,6 @@ def _mean_and_error(values: Sequence[Sequence[float]]) -> tuple[float, float | N
     flat = [v for group in values for v in group]
     units = [statistics.fmean(group) for group in values] if len(values) > 1 else flat
     return statistics.fmean(flat), statistics.stdev(units) / math.sqrt(len(units)) if len(units) > 1 else None
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, p20 and p80."""
-    if len(values) == 1:
-        return {"median": values[0], "p20": values[0], "p80": values[0]}
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3]}
 
 
 def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:

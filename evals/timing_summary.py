@@ -9,7 +9,9 @@ from typing import Any
 
 from accel.evals.results import SampleRecord
 
-_SPREAD = ("ttft_ms", "tpot_ms", "e2el_ms", "selection_share", "energy_j")
+# times of one prompt, which a batch does not have
+_OF_ONE = ("ttft_ms", "tpot_ms", "e2el_ms")
+_SPREAD = (*_OF_ONE, "selection_share", "energy_j")
 
 
 def timings_of(records: Sequence[SampleRecord]) -> dict[str, Any]:
@@ -20,9 +22,13 @@ def timings_of(records: Sequence[SampleRecord]) -> dict[str, Any]:
     energy_j and peak_bytes are those of a batch, of which each is counted once, and the three times are None.
     """
     found: dict[str, Any] = {name: spread([v for r in _once_per_batch(records) if (v := getattr(r, name)) is not None]) for name in _SPREAD}
+    most = max(r.batch for r in records)
+    if most > 1:
+        # a last batch may be a single prompt: its times are no figure of the row
+        found |= dict.fromkeys(_OF_ONE)
     peaks = [r.peak_bytes for r in records if r.peak_bytes is not None]
     reasons = Counter(r.finish_reason for r in records if r.finish_reason is not None)
-    return {**found, "peak_bytes": max(peaks, default=None), "finish_reasons": dict(sorted(reasons.items())), "batch": max(r.batch for r in records)}
+    return {**found, "peak_bytes": max(peaks, default=None), "finish_reasons": dict(sorted(reasons.items())), "batch": most}
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
@@ -37,4 +43,4 @@ def spread(values: Sequence[float]) -> dict[str, float] | None:
 
 def _once_per_batch(records: Sequence[SampleRecord]) -> list[SampleRecord]:
     """One record of each batch, whose samples all carry the same reading of the clock."""
-    return list({(r.prefill_ms if r.batch > 1 else r.sample): r for r in records}.values())
+    return list({(r.batch, r.prefill_ms if r.batch > 1 else r.sample): r for r in records}.values())

@@ -15,9 +15,9 @@ from accel.errors import OptionError
 from accel.evals.fronts import mean_score
 from accel.evals.models import LoadedModel
 from accel.evals.results import RunFolder, SampleRecord
-from accel.evals.runner import run_accuracy
+from accel.evals.runner import require_samples, run_accuracy
 from accel.evals.summary import BASELINE
-from accel.evals.tasks import Task, load_task
+from accel.evals.tasks import load_task
 from accel.protocols import Method
 from accel.tune_front import FrontResult, Measured
 
@@ -42,9 +42,7 @@ class TradeOff:
     def __post_init__(self) -> None:
         require_answers(self.tasks)
         # a prompt that cannot be made is no fault of the options that are tried
-        for task in (found for name in self.tasks if isinstance(found := load_task(name), Task)):
-            for tokens in self.lengths:
-                task.samples(self.loaded.tokenizer, tokens, 1, self.seed)
+        require_samples(self.loaded, self.tasks, self.lengths, self.n, self.seed)
 
     def __call__(self, method: Method) -> Measured:
         options = json.dumps(method.options(), sort_keys=True, default=repr)
@@ -79,6 +77,8 @@ def tuning_result(found: FrontResult, *, margin: float, tasks: Sequence[str]) ->
     """Sections of a result.json: `trials` for the tables and the picture, what must be known, and what it cannot claim."""
     rows = [{**row, "options": _plain(row["options"])} for row in found.rows]
     notices = [] if found.within_margin else [f"No trial came within {margin:g} of dense's score: the recipe is the one with the highest score."]
+    if found.measured.time_share >= 1:
+        notices.append(f"The recipe is no faster than dense here ({found.measured.time_share:.2f} of its prefill time): dense needs no method.")
     limits = [
         f"The recipe is the best of {len(rows)} trials on these very prompts, so that score and gain are likely to be lower on others. Check it on "
         "prompts of another seed: accel run --recipe recipe.yaml --seed 1, then accel compare --gate.",

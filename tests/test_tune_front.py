@@ -172,7 +172,12 @@ def test_what_is_to_be_searched_is_read_as_people_write_it() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", ["keep", "keep=0.5", "keep=0.9..0.1", "keep=a..b", "=1..2", "keep=1...2"])
+@pytest.mark.parametrize("text", ["keep", "keep=0.5", "keep=0.9..0.1", "keep=a..b", "=1..2", "keep=1...2", "keep=0..inf"])
 def test_other_spellings_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(OptionError, match=r"such as keep=0.1..0.9"):
         parse_search([text])
+
+
+def test_a_choice_that_is_no_value_is_told() -> None:
+    with pytest.raises(OptionError, match=r"--search mode=\[\|b: cannot read one of the values of mode"):
+        parse_search(["mode=[|b"])

@@ -203,7 +203,7 @@ def _run(
     from accel.evals.parallel import join_team, launcher_trap
     from accel.evals.report import require_packages
     from accel.evals.results import RunFolder
-    from accel.evals.runner import check_run, model_info, require_batches, require_kinds, run_accuracy, wanted_samples
+    from accel.evals.runner import check_run, model_info, require_batches, require_kinds, require_samples, run_accuracy, wanted_samples
 
     require_packages("scipy")
     team = join_team(settings["device"])
@@ -237,6 +237,7 @@ def _run(
     loaded = load_model(settings["model"], dtype=dtype, device=device)
     notices = check_variants(loaded.model, variants)
     check_run(loaded, variants, tasks, lengths, settings["samples"], controls=controls, batch_size=settings["batch_size"])
+    require_samples(loaded, tasks, lengths, settings["samples"], settings["seed"])
     # all have looked at the folder as it was before it is made, and read it before one of them adds to it
     team.wait()
     folder = RunFolder.create(path, config, resume=bool(settings["resume"])) if team.is_main else None
@@ -272,6 +273,7 @@ def _finish(
     from accel.evals.drawn_summary import summarise_drawn
     from accel.evals.run_summary import summarise_run
     from accel.evals.runner import head_rows, rows_of
+    from accel.evals.summary import answer_rows
 
     rows = rows_of(folder, wanted)
     n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
@@ -279,9 +281,10 @@ def _finish(
     told = [*notices, *cache_notices(folder.config, rows)]
     if plain := dict.fromkeys(record.task for record in done if record.has_template is False):
         told.append(f"{loaded.name} has no chat template: the prompts of {', '.join(plain)} are plain text.")
-    extra = {"notices": told, **paired_caches(done, planned), **_pictures(loaded, done, variants, planned)}
+    extra = {"answers": answer_rows(done), "notices": told, **paired_caches(done, planned), **_pictures(loaded, done, variants, planned)}
     extra |= summarise_drawn(loaded, done, planned)
-    extra |= summarise_run(done, rows, list(variants), planned, extra.get("gates", []))
+    shares_prefill = bool(folder.config.get("shared_prefill"))
+    extra |= summarise_run(done, rows, list(variants), planned, extra.get("gates", []), shares_prefill=shares_prefill)
     if heads := head_rows(loaded, variants):
         extra["heads"] = heads
     sections = _report(loaded, folder, rows, extra=extra, settings=settings, dtype_reason=dtype_reason, n_missing=n_missing)
@@ -390,13 +393,12 @@ def _report(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes result.json, prints the tables and the notices, and returns all sections of the result. extra: some of them, `notices` among them."""
     from accel.evals.report_drawn import drawn_notices
-    from accel.evals.summary import answer_rows
 
     head = describe_run("run", f"{loaded.name}: accuracy beside dense and controls", loaded, settings, dtype_reason=dtype_reason)
     sections = {key: value for key, value in head.items() if key not in ("schema", "config")}
     missing = f"{n_missing} {'sample is' if n_missing == 1 else 'samples are'} missing: the run stopped at its limit. Go on with `{_go_on(folder)}`."
     notices = [*extra["notices"], *_picture_notices(rows, extra), *drawn_notices(extra.get("drawn", [])), *([missing] if n_missing else [])]
-    sections |= {**extra, "answers": answer_rows(folder.records), "notices": notices, "limits": _limits(rows), "n_missing": n_missing}
+    sections |= {**extra, "notices": notices, "limits": _limits(rows), "n_missing": n_missing}
     folder.finish(rows, **sections)
     _print(rows, extra)
     for notice in notices:

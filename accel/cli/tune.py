@@ -82,6 +82,8 @@ def main(args: argparse.Namespace) -> int:
     settings["lengths"] = settings["lengths"] or (TASK_LENGTHS if is_trade_off else LENGTHS)
     if not is_trade_off and (given := [f"--{name}" for name in OF_TRADE_OFF if getattr(args, name) is not None]):
         raise OptionError(f"{' and '.join(given)} belong to --objective {ACCURACY_AT_LATENCY}")
+    if is_trade_off and (given := [f"--{name}" for name in OF_OTHERS if getattr(args, name) is not None]):
+        raise OptionError(f"{' and '.join(given)} say nothing of {ACCURACY_AT_LATENCY}: it runs METHOD on --tasks, each prompt once")
     if what is None and not args.dry_run:
         return _list_all()
     settle_threads(settings["threads"])

@@ -109,6 +109,7 @@ class Task:
 
     metric: "exact" is the share of right answers; "perplexity" that of the answers' tokens.
     group: a name that stands for several tasks on the command line. caveat: what its scores cannot show, for reports.
+    most_samples: how many prompts there are; None where as many are made as were asked for.
     """
 
     kind: ClassVar[Literal["text"]] = "text"
@@ -117,6 +118,7 @@ class Task:
     metric: Literal["exact", "perplexity"] = "exact"
     group: str = ""
     caveat: str = ""
+    most_samples: int | None = None
 
 
 @dataclass(frozen=True)

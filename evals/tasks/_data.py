@@ -24,6 +24,7 @@ MAX_NEW_TOKENS = 64
 # by file ending, the loader of `datasets`
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 PROMPT, ANSWERS, PREFIX = ("prompt", "input"), ("answers", "outputs", "answer"), ("prefix", "answer_prefix")
+TEXTS = (*PROMPT, *ANSWERS, *PREFIX, "rule")
 CAVEAT = "{}: prompts of your own, scored by the share of right answers in the replies; its lengths are the room that prompts had, not theirs."
 
 
@@ -44,7 +45,7 @@ class Row:
 def data_task(where: str) -> Task:
     """The task of a file or of a dataset of the hub. OptionError names the file and line, or the row, of what is missing or wrong."""
     rows = tuple(read_rows(where))
-    return Task(partial(_samples, where, rows), caveat=CAVEAT.format(OWN_DATA + where))
+    return Task(partial(_samples, where, rows), caveat=CAVEAT.format(OWN_DATA + where), most_samples=len(rows))
 
 
 def read_rows(where: str) -> list[Row]:
@@ -67,9 +68,13 @@ def _local(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
         raise OptionError(f"{path}: cannot read files that end in {path.suffix!r}; there are loaders for {', '.join(LOADERS)}")
     places = _line_numbers(path) if path.suffix == ".jsonl" else None
     datasets = _datasets()
+    # texts of a CSV file as they stand there: the reader would make 7 of 007, and nothing of NA
+    as_written: dict[str, Any] = {}
+    if path.suffix == ".csv":
+        as_written = {"converters": dict.fromkeys(TEXTS, lambda text: text or None), "keep_default_na": False, "na_values": [""]}
     try:
         # streaming: without it a copy of the file would stay in the cache of `datasets`
-        rows = list(datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=True))
+        rows = list(datasets.load_dataset(LOADERS[path.suffix], data_files=str(path), split="train", streaming=True, **as_written))
     # whatever the loader raises: its own errors, and those of the libraries that read for it
     except Exception as error:
         raise OptionError(f"{path} cannot be read: {_first_line(error)}. Every row needs the same fields, with values of the same kinds") from error
@@ -128,7 +133,7 @@ def _checked(place: str, fields: Mapping[str, Any]) -> Row:
     given = {key: value for key, value in fields.items() if value is not None}
     prompt, answers = _one_of(place, given, PROMPT), _one_of(place, given, ANSWERS)
     answers = answers if isinstance(answers, list) else [answers]
-    # numbers are usual in CSV files
+    # numbers are usual in JSON files
     answers = [str(a) if isinstance(a, int) else a for a in answers]
     if not isinstance(prompt, str) or not prompt:
         raise OptionError(f"{place}: the prompt must be a text, got {prompt!r}")
@@ -140,6 +145,8 @@ def _checked(place: str, fields: Mapping[str, Any]) -> Row:
         raise OptionError(f"{place}: the prefix must be a text, got {prefix!r}")
     if rule not in RULES:
         raise OptionError(f"{place}: there is no rule {rule!r}; there are {', '.join(RULES)}")
+    # a column of numbers with gaps comes as floats
+    n_new = int(n_new) if isinstance(n_new, float) and n_new.is_integer() else n_new
     if not isinstance(n_new, int) or isinstance(n_new, bool) or n_new < 1:
         raise OptionError(f"{place}: max_new_tokens must be a whole number above 0, got {n_new!r}")
     if template is not None and not isinstance(template, bool):

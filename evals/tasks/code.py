@@ -32,4 +32,4 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     return Sample(index, seed, tuple(ids), tuple(answers))
 
 
-TASK = Task(samples, metric="perplexity")
+TASK = Task(samples, metric="perplexity", most_samples=len(SOURCE_MODULES))

@@ -55,6 +55,31 @@ def test_a_run_stopped_at_its_limit_is_unfinished_until_resumed(model: str, tmp_
     assert "seed" in capsys.readouterr().err
 
 
+def test_answers_of_lengths_that_are_no_longer_asked_for_are_not_shown(model: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / "r")
+    assert run(model, "--out", folder, "--lengths", "960,1k", "--controls", "none", "--warmup", "0") == 0
+    assert run(model, "--out", folder, "--resume", "--lengths", "1k") == 0
+    result = json.loads((tmp_path / "r" / "result.json").read_text())
+    assert len((tmp_path / "r" / "samples.jsonl").read_text().splitlines()) == 4, "they stay in the folder"
+    assert {row["question"].split(":")[0] for row in result["answers"]} == {"needle 1024"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "key_value,needle", "--lengths", "512"], "needle needs prompts of at least"),
+        (["--tasks", "needle,code", "--samples", "13"], "code has 12 samples, one per module, asked for 13"),
+    ],
+    ids=["length", "samples"],
+)
+def test_prompts_that_a_later_task_does_not_have_are_told_before_the_first_is_measured(
+    words: list[str], message: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, "--out", str(tmp_path / "r"), *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "r").exists(), "nothing was measured"
+
+
 def test_the_dry_run_shows_flags_over_file_over_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "s.yaml"
     file.write_text("tasks: code\nlengths: 2k\nsamples: 3\n")
@@ -333,6 +358,7 @@ def test_cache_methods_are_swept_beside_controls_and_their_bytes_are_told(model:
     assert (result["config"]["questions"], result["config"]["shared_prefill"]) == ("apart, behind one cache", True)
     assert all(row["cache"]["peak_bytes"] < row["cache"]["whole_bytes"] for row in result["scores"] if not row["is_baseline"])
     assert {row["other"] for row in result["cache_paired"]} == {"dense", *labels[3:]}
+    assert "fronts" not in result, "some were timed on the last tokens of the prompt only"
     assert any(limit.startswith("key_value: its question stands at the end") for limit in result["limits"])
     out = capsys.readouterr().out
     for text in ("of whole", "snapkv(keep=0.2) − random_kv (keep 0.2)", "up to its last 64 tokens"):

@@ -47,6 +47,15 @@ def scores(folder: Path) -> list[Any]:
     return [[row[name] for name in ("task", "label", "n", "n_prompts", "score", "log_prob", "density", "calls", "hash")] for row in rows]
 
 
+def alike(one: Any, other: Any) -> bool:
+    """Whether two results are the same but for rounding: which of our kernels is fastest here is measured, and may come out otherwise elsewhere."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == pytest.approx(other, abs=1e-3)) if isinstance(one, float) else bool(one == other)
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -72,8 +81,8 @@ def test_a_run_that_is_killed_resumes_to_the_result_of_one_that_is_not(words: li
         assert child.wait() == -signal.SIGKILL
         assert len(saved_lines(samples)) < len(saved(whole))
     assert main(["run", "--out", str(folder), "--resume"]) == 0
-    assert saved(folder) == saved(whole)
-    assert scores(folder) == scores(whole)
+    assert alike(saved(folder), saved(whole))
+    assert alike(scores(folder), scores(whole))
 
 
 def saved_lines(samples: Path) -> list[bytes]:
@@ -84,8 +93,8 @@ def test_two_processes_have_the_samples_and_scores_of_one(words: list[str], whol
     folder = tmp_path / "r"
     done = launched(["-m", "accel", *words, "--out", str(folder)])
     assert done.returncode == 0, done.stderr
-    assert saved(folder) == saved(whole)
-    assert scores(folder) == scores(whole)
+    assert alike(saved(folder), saved(whole))
+    assert alike(scores(folder), scores(whole))
     assert done.stdout.count("Measured by 2 processes at once") == 1
     assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
 
@@ -112,5 +121,5 @@ def test_a_process_that_dies_fails_the_run_and_what_it_saved_is_gone_on_with(wor
     assert len(saved_lines(folder / "samples-1.jsonl")) == 1
     # one process is enough to go on
     assert main(["run", "--out", str(folder), "--resume"]) == 0
-    assert saved(folder) == saved(whole)
-    assert scores(folder) == scores(whole)
+    assert alike(saved(folder), saved(whole))
+    assert alike(scores(folder), scores(whole))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from runs import write_bench, write_run
 
 from accel.errors import AccelError, OptionError, UnsupportedError
-from accel.evals.compare import compare, display_names, read_sources
+from accel.evals.compare import _is_same, compare, display_names, read_sources
 from accel.evals.compare_gate import failures, gate_rows, parse_margins
+from accel.registry import build
 
 pytest.importorskip("scipy")
 
@@ -78,6 +80,47 @@ def test_samples_beyond_the_settings_of_a_run_and_half_written_lines_stay_out(tm
     [source] = read_sources([folder])
     assert {record.sample for record in source.records} == {0, 1}
     assert (folder / "samples.jsonl").read_bytes() == before, "another process may be writing there"
+
+
+def test_a_sample_that_lies_in_two_files_counts_once(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {"m": [1, 0, 1, 0]})
+    # as where a kill came between taking a part in and removing it
+    (folder / "samples-1.jsonl").write_text((folder / "samples.jsonl").read_text())
+    [row] = compare(read_sources([folder]))["comparisons"]
+    assert (row["n"], row["worse"], row["test"]) == (4, 2, "exact McNemar")
+
+
+def test_scores_without_their_samples_are_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {"m": [1, 0]})
+    lines = (folder / "samples.jsonl").read_text().splitlines(keepends=True)
+    (folder / "samples.jsonl").write_text("".join(line for line in lines if '"label": "m"' not in line))
+    with pytest.raises(AccelError, match=r"result\.json has scores of m on needle at 1024 tokens, and samples\.jsonl has none"):
+        read_sources([folder])
+
+
+def test_options_at_their_defaults_in_the_run_are_compared_too(tmp_path: Path) -> None:
+    # labels of recipes are alike whatever the options
+    at_defaults: list[dict[str, dict[str, Any]]] = [{"flexprefill": {}}]
+    timed = {"method": "flexprefill", **build("flexprefill").options()}
+    assert _is_same({"methods": [timed]}, at_defaults)
+    assert not _is_same({"methods": [{**timed, "gamma": 0.5}]}, at_defaults)
+
+
+def test_the_same_timed_twice_is_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "scores", {"m": [1, 1]})
+    for name, ms in (("first", 40.0), ("second", 30.0)):
+        write_bench(tmp_path / name, {"dense (sdpa)": 100.0, "m": ms})
+    result = compare(read_sources([tmp_path / name for name in ("scores", "first", "second")]))
+    assert {row["label"]: row["ms"] for row in result["fronts"]}["m"] == 30.0
+    assert "m at 1024 tokens was timed in first, second: accuracy against time goes by the last of them." in result["notices"]
+
+
+def test_tasks_that_failed_their_gate_are_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {"m": [1, 0]})
+    result = json.loads((folder / "result.json").read_text())
+    gates = [{"task": "scene_word", "passes": False}, {"task": "needle", "passes": True}]
+    (folder / "result.json").write_text(json.dumps({**result, "gates": gates}))
+    assert any(line.startswith("a: scene_word left out of everything") for line in compare(read_sources([folder]))["notices"])
 
 
 # --- what is unlike -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from accel.evals.depths import depth_rows, depths_of
-from accel.evals.fronts import front_rows, mean_score, on_front
+from accel.evals.fronts import front_rows, mean_score, on_front, without_times
 from accel.evals.report_comparisons import front_table
 from accel.evals.results import SampleRecord
 
@@ -46,6 +46,14 @@ def test_times_to_first_token_are_preferred_and_never_mixed_with_others() -> Non
     assert (found["m"]["ms"], found["control"]["ms"], found["control"]["is_front"]) == (40, None, False)
     assert found["m"]["is_front"], "the untimed control cannot beat it"
     assert front_rows(rows, [timed("dense", 50), timed("dense", 50, 4096)])[0]["time"] == "prefill_ms", "one time is no comparison"
+
+
+def test_times_behind_a_shared_prefill_are_no_times_to_compare() -> None:
+    rows = [score_row("dense", 1.0, 5), score_row("m", 0.9, 64), score_row("dense", 1.0, 9, task="scene", kind="picture", tokens=0),
+            score_row("m", 0.9, 3, task="scene", kind="picture", tokens=0)]  # fmt: skip
+    assert {row["kind"] for row in front_rows(without_times(rows))} == {"picture"}
+    found = front_rows(without_times(rows), [timed("dense", 50), timed("m", 40)])
+    assert {row["label"]: row["ms"] for row in found if row["kind"] == "text"} == {"dense": 50, "m": 40}, "a bench has clean ones"
 
 
 def test_perplexity_counts_only_where_there_is_nothing_else() -> None:

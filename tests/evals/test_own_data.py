@@ -72,6 +72,19 @@ def test_csv_files_are_read_too(tmp_path: Path, tokenizer: Any) -> None:
     assert [a.text for a in sample.answers] == ["2"]
 
 
+def test_texts_of_a_csv_file_are_taken_as_they_stand_there(tmp_path: Path, tokenizer: Any) -> None:
+    rows = ["prompt,answer,max_new_tokens", '"The key, please:",007,5', "Not applicable is short:,NA,", "12,1.50,8"]
+    samples = load_text_task(written(tmp_path, *rows, name="own.csv")).samples(tokenizer, 100, 3, 0)
+    assert [sample.answers[0].text for sample in samples] == ["007", "NA", "1.50"]
+    assert [sample.max_new_tokens for sample in samples] == [5, 64, 8]
+    assert tokenizer.decode(samples[2].input_ids[: samples[2].n_prompt]) == "12"
+
+
+def test_an_empty_answer_of_a_csv_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"own\.csv, row 2 has no answers or outputs or answer; it has prompt"):
+        load_text_task(written(tmp_path, "prompt,answer", "a,b", "c,", name="own.csv"))
+
+
 def test_a_prompt_is_never_cut(tmp_path: Path, tokenizer: Any) -> None:
     name = written(tmp_path, {"prompt": "x", "answers": ["y"]}, {"prompt": "x" * 100, "answers": ["y"]})
     assert len(load_text_task(name).samples(tokenizer, 164, 2, 0)) == 2

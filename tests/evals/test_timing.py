@@ -120,6 +120,12 @@ def test_the_share_of_selecting_is_of_the_prefill_and_only_where_something_was_s
     assert record(0, sparse_calls=3).selection_share is None
 
 
+def test_the_times_of_a_last_batch_of_one_prompt_are_not_those_of_the_row() -> None:
+    records = [*(record(i, batch=2, prefill_ms=50.0 + i // 2) for i in range(4)), record(4, ttft_ms=9.0, tpot_ms=1.0, e2el_ms=12.0)]
+    found = timings_of(records)
+    assert (found["ttft_ms"], found["tpot_ms"], found["e2el_ms"], found["batch"]) == (None, None, None, 2)
+
+
 def test_a_batch_is_counted_once_and_prompts_of_equal_time_are_not_taken_for_one() -> None:
     # two batches, whose samples repeat their figures
     batched = [record(i, batch=3, prefill_ms=50.0 + i // 3, energy_j=1.0 + i // 3) for i in range(6)]

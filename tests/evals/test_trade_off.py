@@ -12,7 +12,9 @@ from tiny_llama import save_tiny
 from accel import Recipe
 from accel.cli.main import main
 from accel.evals.results import SampleRecord
-from accel.evals.trade_off import TradeOff, time_share
+from accel.evals.trade_off import TradeOff, time_share, tuning_result
+from accel.registry import build
+from accel.tune_front import FrontResult, Measured
 
 pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
@@ -74,7 +76,6 @@ def test_a_search_from_the_shell_to_a_recipe_and_a_report(model: str, tmp_path: 
 def test_samples_of_a_trial_that_was_cut_short_are_kept(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accel.evals.models import load_model
     from accel.evals.results import RunFolder
-    from accel.registry import build
 
     measure = TradeOff(load_model(model, dtype="float32"), ["needle"], [1024], 2, 0, tmp_path)
     method, append, saved = build("streaming_kv", {"keep": 0.5}), RunFolder.append, 0
@@ -114,6 +115,19 @@ def test_mistakes_are_one_line(words: list[str], message: str, model: str, tmp_p
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+
+
+def test_flags_that_say_nothing_of_this_objective_are_refused(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune(model, tmp_path / "run", "--data", "scenes", "--repeats", "3") == 2
+    assert "--repeats and --data say nothing of accuracy@latency" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_slower_than_dense_is_told(tmp_path: Path) -> None:
+    found = FrontResult(build("streaming_kv"), Measured(1.0, 1.0, 1.25), True, [], 0, tmp_path)
+    [notice] = tuning_result(found, margin=0.02, tasks=["needle"])["notices"]
+    assert "no faster than dense here (1.25 of its prefill time)" in notice
+    faster = replace(found, measured=Measured(1.0, 1.0, 0.8))
+    assert tuning_result(faster, margin=0.02, tasks=["needle"])["notices"] == []
 
 
 def test_flags_of_this_objective_are_refused_with_another(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,8 +80,12 @@ def test_layers_that_the_model_has_not(config_only: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "word"),
-    [({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8"), ({"decode_context_parallel_size": 2}, "decode_context_parallel_size is 2")],
-    ids=["fp8", "context_parallel"],
+    [
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8"), ({"kv_cache_dtype": "int4_per_token_head"}, "kv_cache_dtype is int4_per_token_head"),
+        ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype is bfloat16: the sparse kernels read keys in the model's float32"),
+        ({"decode_context_parallel_size": 2}, "decode_context_parallel_size is 2"),
+    ],
+    ids=["fp8", "int4", "cast", "context_parallel"],
 )
 def test_options_under_which_no_layer_would_be_sparse(config_only: str, given: dict[str, Any], word: str) -> None:
     [reason] = reasons(config_only, SPARSE, **given)

@@ -136,6 +136,12 @@ def test_counters_tell_what_each_layer_saw(early: Any) -> None:
     assert gained == {"prompts": 0, "visual": 256, "kept": 0, "kept_by_layer": 256, "whole_by_layer": N_LAYERS * 256}
 
 
+def test_a_request_has_no_say_where_nothing_leaves_in_front(early: Any) -> None:
+    with pytest.raises(ValueError, match=r"keep=0\.5 of a request has no say"):
+        answers(early, [{**asked(6, SQUARE, 4, seed=41), "mm_processor_kwargs": {"keep": 0.5}}], n=1)
+    assert answers(early, [asked(6, SQUARE, 4, seed=41)], n=1)[1][0].count(IMAGE) == 256
+
+
 def test_positions_that_left_have_no_scores(early: Any) -> None:
     """A score of a token behind a visual one would be made up."""
     from vllm import SamplingParams
@@ -262,6 +268,21 @@ def test_decoders_that_are_not_known_are_refused_by_name() -> None:
     assert "Gemma2Model" in why_unfit(decoder_of(Gemma2Model))[0]
     assert "FLASHINFER" in why_unfit(decoder_of(LlamaModel, backend="FLASHINFER"))[0]
     assert "window" in why_unfit(decoder_of(LlamaModel, window=64))[0]
+
+
+def test_a_pass_that_nobody_embedded_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing could leave from it: a runner that embeds elsewhere would be seen."""
+    from collections import Counter
+
+    from accel.patches.hosts.vllm import compat
+    from accel.patches.hosts.vllm.models.exit import Exit
+
+    found = Exit.__new__(Exit)
+    found._engine = SimpleNamespace(steps=Counter())     # type: ignore[assignment]
+    for metadata, n in ((None, 0), ({"layer": 1}, 1)):
+        monkeypatch.setattr(compat, "get_forward_context", lambda metadata=metadata: SimpleNamespace(attn_metadata=metadata), raising=False)
+        assert found._leave(torch.nn.Identity(), ()) is None
+        assert found._engine.steps.total() == n
 
 
 # --- GPUs' runner and kernels ---------------------------------------------------------------------------------------------------

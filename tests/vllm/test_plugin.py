@@ -22,6 +22,10 @@ def _clean() -> Iterator[None]:
     plugin.register()
 
 
+def test_every_name_that_we_take_has_its_home_in_this_vllm() -> None:
+    assert [name for name in compat._HOMES if getattr(compat, name, None) is None] == []
+
+
 def paths() -> dict[str, str]:
     return {name: AttentionBackendEnum[name].get_path() for name in plugin.BACKENDS}
 

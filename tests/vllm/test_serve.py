@@ -25,6 +25,7 @@ START_SECONDS = 300
 METHODS = ("--method", "fastervlm:keep=0.25", "--method", "streaming:block_size=16,window_blocks=1,min_seq_len=0")
 # long prompts take several steps, so that one can be given up in the middle
 ENGINE = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "4", "--max-num-batched-tokens", "48", "--no-enable-prefix-caching")
+OWN_KEEP = ("--trust-request-mm-kwargs",)
 
 
 class Server:
@@ -60,7 +61,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = Server(["small-vlm", *METHODS, *ENGINE], tmp_path_factory.mktemp("serve") / "log")
+    found = Server(["small-vlm", *METHODS, *ENGINE, *OWN_KEEP], tmp_path_factory.mktemp("serve") / "log")
     try:
         found.wait()
         yield found
@@ -91,8 +92,8 @@ def messages(item: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [picture, {"type": "text", "text": item.question.text}]}]
 
 
-def ask(client: Any, item: Any) -> Any:
-    return client.chat.completions.create(model="small-vlm", messages=messages(item), temperature=0, max_tokens=3)
+def ask(client: Any, item: Any, **body: Any) -> Any:
+    return client.chat.completions.create(model="small-vlm", messages=messages(item), temperature=0, max_tokens=3, extra_body=body)
 
 
 def hosts_answers(items: Sequence[Any]) -> list[str]:
@@ -145,6 +146,17 @@ def test_questions_about_pictures_are_answered_as_by_our_transformers_host(serve
     assert 0 < after["density"] < 1
 
 
+def test_a_request_asks_for_its_own_share(client: Any) -> None:
+    from openai import BadRequestError
+
+    [item] = scenes(1)
+    for keep, n in ((0.5, 72), (20, 20), (1.0, 144)):
+        assert ask(client, item, mm_processor_kwargs={"keep": keep}).usage.prompt_tokens == n + 7
+    with pytest.raises(BadRequestError, match="keep must be a share"):
+        ask(client, item, mm_processor_kwargs={"keep": 1.5})
+    assert ask(client, item).usage.prompt_tokens == 36 + 7
+
+
 def test_an_answer_comes_in_pieces(client: Any) -> None:
     [item] = scenes(1)
     pieces = client.chat.completions.create(
@@ -177,7 +189,8 @@ def test_a_prompt_given_up_in_the_middle_leaves_the_server_as_it_was(server: Ser
 
 def test_a_killed_worker_ends_the_server_with_a_message(server: Server) -> None:
     # the last test of this server
-    psutil = pytest.importorskip("psutil")
+    import psutil
+
     below = psutil.Process(server.process.pid).children(recursive=True)
     [worker] = [p for p in below if p.cmdline() and "Worker" in p.cmdline()[0]]
     worker.kill()

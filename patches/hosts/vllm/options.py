@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accel.errors import OptionError
-from accel.protocols import Method, SparseAttention, TokenPruning
+from accel.protocols import Method, TokenPruning
 from accel.recipe import Recipe
 
 KEY = "accel"
@@ -19,7 +19,6 @@ def engine_options(methods: Sequence[Method], given: Mapping[str, Any], architec
     Attention reads `additional_config`, which every worker has; pictures are laid out in processes that see the model's configuration alone, so
     what prunes travels in `hf_overrides`. architecture: our model class for it, or None. OptionError where the user's options stand in the way.
     """
-    attention = [m for m in methods if isinstance(m, SparseAttention)]
     pruning = [m for m in methods if isinstance(m, TokenPruning)]
     overrides, additional = given.get("hf_overrides") or {}, given.get("additional_config") or {}
     if pruning and not isinstance(overrides, Mapping):
@@ -37,8 +36,6 @@ def engine_options(methods: Sequence[Method], given: Mapping[str, Any], architec
     if pruning:
         swapped = {"architectures": [architecture]} if architecture else {}
         found["hf_overrides"] = {**overrides, **swapped, KEY: Recipe(tuple(pruning)).as_dict()}
-    elif attention and overrides:
-        found["hf_overrides"] = overrides
     return found
 
 

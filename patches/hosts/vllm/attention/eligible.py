@@ -52,11 +52,12 @@ def note(engine: Engine, index: int, reason: str | None) -> None:
 
 
 def note_chunks(engine: Engine, rule: LayerRule, config: Any) -> None:
-    """Tells the engine where prompts are planned chunk by chunk though a whole prompt would be planned otherwise."""
-    longest, chunk = config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens
-    if chunk < longest and not is_static(rule, config) and rule.why_dense(longest, longest) is None:
+    """Tells the engine where prompts are planned chunk by chunk though whole ones would be planned otherwise."""
+    longest, scheduler = config.model_config.max_model_len, config.scheduler_config
+    if scheduler.enable_chunked_prefill and not is_static(rule, config) and rule.why_dense(longest, longest) is None:
         engine.notices.add(
-            f"{rule.method.method_name()} plans prompts of more than {chunk} tokens chunk by chunk; max_num_batched_tokens={longest} plans them whole"
+            f"{rule.method.method_name()} plans the chunks that the scheduler cuts, up to {scheduler.max_num_batched_tokens} tokens and fewer beside other "
+            "requests; enable_chunked_prefill=False plans prompts whole"
         )
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from accel.patches.hosts.vllm.attention.eligible import group_of
 from accel.patches.hosts.vllm.attention.group import Group
 from accel.patches.hosts.vllm.compat import AttentionCGSupport, get_current_vllm_config_or_none, set_current_vllm_config
-from accel.patches.hosts.vllm.engine import engine_of
+from accel.patches.hosts.vllm.options import read_options
+from accel.protocols import SparseAttention
 
 if TYPE_CHECKING:
     from accel.kernels.block_sparse import KeyView
@@ -25,8 +26,7 @@ _FUSED = "output quantised inside attention"
 def is_asked(vllm_config: Any) -> bool:
     """Whether this configuration, or that of the model under construction where None is given, asks for a sparse method."""
     config = get_current_vllm_config_or_none() if vllm_config is None else vllm_config
-    engine = None if config is None else engine_of(config)
-    return engine is not None and engine.attention is not None
+    return config is not None and any(isinstance(m, SparseAttention) for m in read_options(config.additional_config))
 
 
 class SparseBuilder:

@@ -99,7 +99,9 @@ class Exit:
 
         context = get_forward_context()
         is_visual, self.is_visual, self._running = self.is_visual, None, None
-        # vLLM measures itself on passes without requests, or on made-up ones that nobody embedded
+        # vLLM measures itself on passes without requests, or on made-up ones that nobody embedded; from others nothing would leave
+        if context.attn_metadata is not None and is_visual is None:
+            self._engine.steps["nobody embedded their rows, as where vLLM measures itself"] += 1
         if context.attn_metadata is None or is_visual is None:
             return None
         positions, hidden, residual, *rest = args

@@ -75,10 +75,10 @@ class PrunedProcessor:
     def _taken(self, kwargs: Mapping[str, object]) -> tuple[Any, dict[str, object]]:
         """What a request asks for, checked, and its other arguments. ValueError, which fails the request and no other one."""
         rest = dict(kwargs)
-        if self.pruning is None:
-            return None, rest
         keep: Any = rest.pop(KEEP, None)
-        if keep is not None:
+        if keep is not None and self.pruning is None:
+            raise OptionError(f"{KEEP}={keep!r} of a request has no say: the recipe drops no token in front of the language model; leave it out")
+        if keep is not None and self.pruning is not None:
             self.pruning.asked(keep)
         return keep, rest
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from accel.errors import AccelError
 from accel.patches.hosts.transformers.pruning.vision import Modality, Picture
-from accel.patches.hosts.vllm.compat import CUDAGraphMode, Qwen2_5_VLForConditionalGeneration
+from accel.patches.hosts.vllm.compat import Qwen2_5_VLForConditionalGeneration
 from accel.patches.hosts.vllm.models.exit import ExitMixin
 from accel.patches.hosts.vllm.models.placeholders import register_processor
 from accel.patches.hosts.vllm.models.positions import CHANNELS, grid_offsets, prompt_positions, split_offsets, with_offsets
@@ -46,8 +46,12 @@ class AccelQwen2_5_VLForConditionalGeneration(ExitMixin, PrunedMixin, Qwen2_5_VL
             found.append("parts of a batch run at a time (enable_dbo, ubatch_size), and positions are made for whole ones")
         if vllm_config.speculative_config is not None:
             found.append("speculative_config is set: a draft model is not told the positions of the tokens that stay")
-        if vllm_config.compilation_config.cudagraph_mode.mixed_mode() == CUDAGraphMode.FULL:
-            found.append("cudagraph_mode is FULL: replayed graphs pass by what makes positions; use FULL_AND_PIECEWISE, the default, or PIECEWISE")
+        mode = vllm_config.compilation_config.cudagraph_mode
+        if mode.has_full_cudagraphs():
+            found.append(
+                f"cudagraph_mode is {mode.name}: whole passes replayed from a graph, of single tokens too, pass by what makes positions; "
+                "use --compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}'"
+            )
         return found
 
     def normalised_pixels(self, pictures: Sequence[Picture], call: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +86,9 @@ class AccelQwen2_5_VLForConditionalGeneration(ExitMixin, PrunedMixin, Qwen2_5_VL
 
     def embed_input_ids(self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None) -> Tensor:
         """As the stock model, from rows with offsets behind them, which are kept for the pass that follows."""
+        if self._accel_coming is not None:
+            # a step of single tokens is decoding to vLLM, one of a picture among them too
+            self._accel_engine.steps["replayed from a graph of decoding: a visual token had the position where its picture begins"] += 1
         self._accel_coming = None
         if self._accel_pruning is not None and multimodal_embeddings is not None and len(multimodal_embeddings) and is_multimodal is not None:
             width = self._accel_engine.info.hidden_size

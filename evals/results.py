@@ -167,7 +167,8 @@ class RunFolder:
 
     @staticmethod
     def check(path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> None:
-        """Raises AccelError where the folder holds samples of a run already; with `resume`, where its settings differ (naming them).
+        """Raises AccelError where the folder holds samples of a run already; with `resume`, where its settings differ (naming them), or where fewer
+        samples are asked for than it holds.
 
         So it does where the folder cannot be written to.
         """
@@ -181,6 +182,7 @@ class RunFolder:
             raise AccelError(f"{folder} holds a run already: choose another folder with --out, or go on with it by --resume")
         if resume and (has_samples or settings.exists()):
             _same_settings(folder, yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}, config)
+            _require_samples_kept(folder, config)
 
     @property
     def records(self) -> list[SampleRecord]:
@@ -286,9 +288,23 @@ def _same_settings(folder: Path, before: Any, now: Mapping[str, Any]) -> None:
     earlier = old.get("methods") or {}
     changed += [f"method {label}" for label, methods in (now.get("methods") or {}).items() if earlier.get(label, methods) != methods]
     if changed:
-        names = {"reference": "the first sparse method (the controls get its density)"}
+        names = {
+            "reference": "the first sparse method (the controls get its density)",
+            "questions": "--method (beside one that drops cache entries, all methods are asked the questions of a text one by one)",
+        }
         differing = f"{', '.join(names.get(key, key) for key in changed)} {'differs' if len(changed) == 1 else 'differ'}"
         raise AccelError(f"{folder} cannot be resumed: {differing} from its config.yaml. Use the same settings, or another --out")
+
+
+def _require_samples_kept(folder: Path, now: Mapping[str, Any]) -> None:
+    """Raises AccelError where finished samples of the tasks asked for would fall out of the report: they would be hard to miss there."""
+    tasks, n = now.get("tasks"), now.get("samples")
+    held = max((record.sample + 1 for record in _read_all(folder) if tasks is None or record.task in tasks), default=0)
+    if n is not None and n < held:
+        raise AccelError(
+            f"{folder} holds {held} samples per task, asked for {n}: fewer would leave finished ones out of its report. "
+            f"Ask for at least {held}, or choose another folder with --out"
+        )
 
 
 def _sample_files(folder: Path) -> list[Path]:

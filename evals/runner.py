@@ -165,13 +165,22 @@ def check_run(
 
 
 def require_samples(loaded: LoadedModel, tasks: Sequence[str], lengths: Sequence[int], n: int, seed: int) -> None:
-    """Raises OptionError where a text task has no prompts of such a length, or fewer than n; ask before the first of them is measured.
+    """Raises OptionError, with all of them, where text tasks have no prompts of such a length, or fewer than n; ask before the first is measured.
 
     One prompt of each length is made; of tasks that have only so many, all that were asked for.
     """
-    for task in (found for name in tasks if isinstance(found := load_task(name), Task)):
+    found: dict[str, None] = {}
+    for task in (task for name in tasks if isinstance(task := load_task(name), Task)):
         for tokens in lengths:
-            task.samples(loaded.tokenizer, tokens, 1 if task.most_samples is None else n, seed)
+            try:
+                task.samples(loaded.tokenizer, tokens, 1 if task.most_samples is None else n, seed)
+            except OptionError as error:
+                # too few samples are so at every length
+                found[str(error)] = None
+    if len(found) > 1:
+        raise OptionError("\n  - ".join(["some prompts of this run cannot be made:", *found]))
+    if found:
+        raise OptionError(next(iter(found)))
 
 
 def require_batches(methods: Mapping[str, Sequence[Method]], tasks: Sequence[str], controls: Sequence[str], batch_size: int) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel.cli.measuring import choose_dtype, describe_run, free_folder, merge_settings, print_settings, settle_threads
 from accel.cli.options import by_content, parse_keeps, parse_lengths, read_variants, split_items
-from accel.errors import AccelError, OptionError
+from accel.errors import AccelError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
     from accel.evals.controls import Control
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups = "task names, ruler, infinitebench, scenes (questions about pictures), all (all text tasks), or data:FILE (prompts of your own)"
     parser.add_argument("--tasks", help=f"{groups}; {names} (default: {DEFAULTS['tasks']})")
     parser.add_argument("--lengths", help="lengths of text prompts in tokens, such as 2k,4k (default: 4k)")
-    parser.add_argument("--samples", type=int, help=f"prompts per task and length, or pictures per task (default: 1, or {PICTURES} pictures)")
+    parser.add_argument("--samples", type=int, help=f"prompts per task and length, or pictures per task (default: 1, or {PICTURES} pictures, or all rows of data:FILE)")
     usual = " or ".join(CONTROLS.values())
     parser.add_argument("--controls", help=f"methods to run at the budget of those asked for; none (default: {usual}, by kind)")
     swept = "run each method that prunes tokens or compresses the cache once per share or count of visual tokens or cache entries"
@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
     parser.add_argument("--out", help="folder for the results (default: runs/<date>-run)")
-    parser.add_argument("--resume", action="store_const", const=True, help="go on with the run in --out by its own settings; finished samples stay")
+    more = "finished samples stay, and --samples may ask for more of them, but not for fewer"
+    parser.add_argument("--resume", action="store_const", const=True, help=f"go on with the run in --out by its own settings; {more}")
     parser.add_argument("--limit", type=int, help="stop after so many new samples; the exit code is 1 while some are missing")
     together = "text prompts read together, padded; scores stay those of single prompts, times are of the batch (default: 1)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=together)
@@ -112,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
         if settings["model"] != MODELS["text"] and _is_first():
             print(f"no --model was given: taking {settings['model']}, which can run {', '.join(tasks)}", file=sys.stderr)
     if settings["samples"] is None:
-        settings["samples"] = PICTURES if is_about_pictures or is_drawing else 1
+        settings["samples"] = PICTURES if is_about_pictures or is_drawing else _usual_samples(tasks)
     variants = _variants(settings, earlier, usual=PRUNING if is_about_pictures else None, is_drawing=is_drawing)
     controls = _controls(settings["controls"], variants)
     if args.dry_run:
@@ -121,8 +122,26 @@ def main(args: argparse.Namespace) -> int:
     return _run(settings, variants, tasks, lengths, controls, earlier)
 
 
+def _usual_samples(tasks: Sequence[str]) -> int:
+    """Samples of text tasks where nobody gave a number: all rows of one's own data, as many as each of several files has; else 1."""
+    rows = [task_rows(task) for task in tasks]
+    return min((n for n in rows if n), default=1) if all(rows) else 1
+
+
+def _own_data_notices(tasks: Sequence[str], lengths: Sequence[int], n: int) -> list[str]:
+    """What a reader must know of one's own data: rows that were left out, and lengths that change no prompt."""
+    rows = {task: found for task in tasks if (found := task_rows(task))}
+    notices = [f"{task}: {n} of {found} rows used; --samples says how many." for task, found in rows.items() if n < found]
+    if rows and len(lengths) > 1:
+        notices.append(f"{', '.join(rows)}: the prompts of all lengths are the same; a length is only the room that they have.")
+    return notices
+
+
 def _with_recorded(args: argparse.Namespace) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The arguments without a --config that is the config.yaml of a run, and what that file says; the same arguments and nothing for all others."""
+    if args.config and Path(args.config).is_dir():
+        recorded = Path(args.config) / "config.yaml"
+        raise OptionError(f"--config is a file, and {args.config} a folder" + (f"; did you mean {recorded}?" if recorded.exists() else ""))
     if not args.config or Path(args.config).name != "config.yaml":
         return args, {}
     import yaml
@@ -235,7 +254,9 @@ def _run(
         require_kinds(settings["model"], kinds, tasks)
     tell(f"results: {path}; loading {settings['model']} in {dtype} ({reason})")
     loaded = load_model(settings["model"], dtype=dtype, device=device)
-    notices = check_variants(loaded.model, variants)
+    own_data = _own_data_notices(tasks, lengths, settings["samples"])
+    tell("\n".join(own_data))
+    notices = [*own_data, *check_variants(loaded.model, variants)]
     check_run(loaded, variants, tasks, lengths, settings["samples"], controls=controls, batch_size=settings["batch_size"])
     require_samples(loaded, tasks, lengths, settings["samples"], settings["seed"])
     # all have looked at the folder as it was before it is made, and read it before one of them adds to it
@@ -305,7 +326,10 @@ class _Teller:
 
 @contextmanager
 def _saying_what_is_saved(folder: RunFolder, tell: _Teller) -> Iterator[None]:
-    """Says how to go on where the run is interrupted, by Ctrl-C or by the SIGTERM of a launcher or batch system, or cannot save."""
+    """Says what is saved where the run fails or is interrupted, by Ctrl-C or by the SIGTERM of a launcher or batch system, and how to go on.
+
+    It cannot go on where the mistake lies in what was asked for, nor need it where nothing is saved.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -313,9 +337,11 @@ def _saying_what_is_saved(folder: RunFolder, tell: _Teller) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except (KeyboardInterrupt, AccelError, OSError):
+    except (KeyboardInterrupt, AccelError, OSError) as error:
         n = folder.n_saved()
-        tell(f"accel: {n} {'sample is' if n == 1 else 'samples are'} saved. Go on with `{_go_on(folder)}`")
+        is_asked_wrongly = isinstance(error, OptionError | UnsupportedError)
+        hint = f" Go on with `{_go_on(folder)}`" if n and not is_asked_wrongly else ""
+        tell(f"accel: {n or 'no'} {'sample is' if n < 2 else 'samples are'} saved.{hint}")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)

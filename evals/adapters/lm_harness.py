@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 
-from accel.errors import OptionError, UnsupportedError
+from accel.errors import AccelError, OptionError, UnsupportedError
 from accel.evals.adapters.applied import Applied, read_methods
 from accel.evals.decoder_cache import is_compressing
 from accel.evals.models import embedded_names, load_model, reads_ahead
@@ -157,7 +157,12 @@ def _by_length(requests: Sequence[Any], length: Callable[[Any], int], run: Calla
 
 
 def main() -> None:
-    """lm-eval's command line, with `accel-hf` among its models."""
+    """lm-eval's command line, with `accel-hf` among its models. What accel refuses is told on stderr, with exit code 2."""
     from lm_eval.__main__ import cli_evaluate
 
-    sys.exit(cli_evaluate())
+    try:
+        code = cli_evaluate()
+    except AccelError as error:
+        print(f"accel: {error}", file=sys.stderr)
+        code = 2
+    sys.exit(code)

@@ -1,7 +1,7 @@
 """Tasks whose prompts are made by code: one file each, found by its name. A file here defines `TASK`; files that start with `_` are helpers.
 
-The docstring of a task's file is its card: what it asks, its source and parameters, and what was changed. `python -m accel.evals.tasks` prints
-them. "data:FILE" and "data:HUB/ID" are tasks too, from one's own prompts (`_data.py`). A task makes samples of one kind: text prompts of a length
+The docstring of a task's file is its card: what it asks, its source and parameters, and what was changed. `python -m accel.evals.tasks NAME`
+prints it. "data:FILE" and "data:HUB/ID" are tasks too, from one's own prompts (`_data.py`). A task makes samples of one kind: text prompts of a length
 (`Task`), pictures with a question (`PictureTask`), or pictures to be drawn (`ImageTask`).
 """
 

@@ -1,17 +1,27 @@
-"""Prints the cards of tasks: `python -m accel.evals.tasks [NAME or group …]`, all of them without a name."""
+"""Prints the cards of tasks: `python -m accel.evals.tasks NAME or group …`; without a name, one line for each task."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections.abc import Sequence
 
 from accel.errors import OptionError
-from accel.evals.tasks import card, expand_names, load_task, task_names
+from accel.evals.tasks import OWN_DATA, card, expand_names, group_names, load_task, task_names
 
 
-def main(names: list[str]) -> int:
-    """Prints one card after the other. 2 for a name that is not known."""
+def main(words: Sequence[str]) -> int:
+    """Prints one card after the other, or the list of tasks. 2 for a name that is not known."""
+    parser = argparse.ArgumentParser("python -m accel.evals.tasks", description="What each task asks, its source, and what its scores cannot show.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"a task, a group ({', '.join(group_names())}) or {OWN_DATA}FILE; none: a list of tasks")
+    names = parser.parse_args(words).names
+    if not names:
+        width = max(map(len, task_names()))
+        for name in task_names():
+            print(f"{name:{width}}  {card(name).splitlines()[0]}")
+        return 0
     try:
-        found = expand_names(names) if names else task_names()
+        found = expand_names(names)
     except OptionError as error:
         print(f"accel: {error}", file=sys.stderr)
         return 2

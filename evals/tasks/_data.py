@@ -66,6 +66,9 @@ def read_rows(where: str) -> list[Row]:
 def _local(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
     if path.suffix not in LOADERS:
         raise OptionError(f"{path}: cannot read files that end in {path.suffix!r}; there are loaders for {', '.join(LOADERS)}")
+    # the loaders fail on such a file, each in its own words
+    if path.stat().st_size == 0:
+        raise OptionError(f"{path}: the file is empty")
     places = _line_numbers(path) if path.suffix == ".jsonl" else None
     datasets = _datasets()
     # texts of a CSV file as they stand there: the reader would make 7 of 007, and nothing of NA

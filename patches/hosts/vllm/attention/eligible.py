@@ -56,8 +56,8 @@ def note_chunks(engine: Engine, rule: LayerRule, config: Any) -> None:
     longest, scheduler = config.model_config.max_model_len, config.scheduler_config
     if scheduler.enable_chunked_prefill and not is_static(rule, config) and rule.why_dense(longest, longest) is None:
         engine.notices.add(
-            f"{rule.method.method_name()} plans the chunks that the scheduler cuts, up to {scheduler.max_num_batched_tokens} tokens and fewer beside other "
-            "requests; enable_chunked_prefill=False plans prompts whole"
+            f"{rule.method.method_name()} plans the chunks that the scheduler cuts, up to {scheduler.max_num_batched_tokens} tokens and fewer beside "
+            "other requests; enable_chunked_prefill=False plans prompts whole"
         )
 
 

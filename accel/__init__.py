@@ -1,4 +1,4 @@
-"""accel: sparse attention for Hugging Face models, in one reversible call.
+"""accel: sparse attention, visual-token pruning and cache compression for Hugging Face models, in one reversible call, and for vLLM.
 
 `import accel` loads neither torch nor transformers; names are looked up when they are first used.
 """

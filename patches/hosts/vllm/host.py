@@ -47,7 +47,7 @@ def refusals(method: Method) -> list[str]:
         bound = method.bind(plain_vlm())
         stages = bound.stages(plain_vlm())
     except UnsupportedError as error:
-        return list(error.reasons) or [str(error)]
+        return [*(list(error.reasons) or [str(error)]), f"what is learned does not run in vLLM: {_LEARNED}"]
     return list(dict.fromkeys(reason for stage in stages if (reason := _why_not(bound, stage)) is not None))
 
 

@@ -24,7 +24,7 @@ def method_names() -> list[str]:
 def method_class(name: str) -> type[Method]:
     """The class of a method; an unknown name raises OptionError with the closest known one."""
     if name not in method_names():
-        raise OptionError(f"no method is called {name!r}{_did_you_mean(name, method_names())} Methods: {', '.join(method_names())}")
+        raise OptionError(f"no method is called {name!r}{did_you_mean(name, method_names())} Methods: {', '.join(method_names())}")
     points = list(entry_points(group="accel.methods", name=name))
     if len(points) + (name in _own_names()) > 1:
         raise OptionError(f"several methods are called {name!r}: {', '.join(point.value for point in points)}; rename or uninstall one")
@@ -53,7 +53,7 @@ def build(name: str, options: dict[str, Any] | None = None) -> Method:
     known = [f.name for f in fields(cls) if f.init]
     for option in options or {}:
         if option not in known:
-            raise OptionError(f"{name} has no option {option!r}{_did_you_mean(option, known)} It has: {', '.join(known)}")
+            raise OptionError(f"{name} has no option {option!r}{did_you_mean(option, known)} It has: {', '.join(known)}")
     for field in fields(cls):
         if field.init and field.name not in (options or {}) and field.default is MISSING and field.default_factory is MISSING:
             raise OptionError(f"{name} needs the option {field.name!r}")
@@ -73,6 +73,7 @@ def _bare(name: str) -> str:
     return name.replace("_", "")
 
 
-def _did_you_mean(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown word: what it resembles, or a full stop."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else "."

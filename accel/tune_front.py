@@ -17,7 +17,7 @@ from accel.errors import OptionError, UnsupportedError
 from accel.evals.fronts import on_front
 from accel.protocols import Choice, Method, Uniform
 from accel.recipe import Recipe
-from accel.registry import build, method_class
+from accel.registry import build, did_you_mean, method_class
 from accel.tune import ACCURACY_AT_LATENCY, progress_bar
 from accel.tune_space import Space
 from accel.tune_study import as_json, ended, open_study, options_of, queue_first, quiet_optuna, run_trial, sampler, succeeded
@@ -49,6 +49,11 @@ class FrontResult:
     rows: list[dict[str, Any]]
     n_failed: int
     recipe: Path
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether dense answers anything: otherwise nothing can be lost, and every trial is within the margin."""
+        return self.measured.dense_score > 0
 
 
 def tune_front(
@@ -97,7 +102,7 @@ def search_space(name: str, fixed: Mapping[str, Any], added: Mapping[str, Unifor
     known = build(name).options()
     for option in added:
         if option not in known:
-            raise OptionError(f"{name} has no option {option!r} to search. It has: {', '.join(known)}")
+            raise OptionError(f"{name} has no option {option!r} to search{did_you_mean(option, list(known))} It has: {', '.join(known)}")
         if option in fixed:
             raise OptionError(f"{name}: {option} is given as {fixed[option]!r} and cannot be searched as well")
     own = {option: values for option, values in method_class(name).search_space().items() if option not in fixed and option not in added}
@@ -186,6 +191,8 @@ def _finish(study: Any, space: Space, default: Method, margin: float, identity: 
 
 def _note(measured: Measured, margin: float, rows: Sequence[Mapping[str, Any]], identity: Mapping[str, Any]) -> str:
     rule = "the fastest of" if is_within(asdict(measured), margin) else "none was within the margin, this has the highest score of"
+    if measured.dense_score <= 0:
+        rule = f"dense answers nothing, so that accuracy chose nothing: {rule}"
     known = {"method", "objective", "fixed", "space"}
     where = ", ".join(f"{key} {value}" for key, value in identity.items() if key not in known)
     return (

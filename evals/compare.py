@@ -6,6 +6,7 @@ refused (other models) or told and kept apart (other prompts, other machines).
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -87,10 +88,10 @@ def compare(sources: Sequence[Source]) -> dict[str, Any]:
     names = display_names(sources)
     runs, benches = [s for s in sources if s.is_run], [s for s in sources if not s.is_run]
     records = [record for source in runs for record in renamed(source, names)]
-    scores = [{**row, "label": names[source.name, row["label"]]} for source in runs for row in source.scores]
+    scores = _side_by_side([{**row, "label": names[source.name, row["label"]]} for source in runs for row in source.scores])
     failed = {gate["task"] for source in runs for gate in source.result.get("gates", []) if not gate["passes"]}
     fronts = _fronts(sources, names)
-    notices = [*_unlike(sources), *_timed_twice(benches), *_prompts_that_differ(runs), *_unfinished(runs), *_failed_gates(runs),
+    notices = [*_unlike(sources), *_timed_twice(benches), *_prompts_that_differ(runs), *_fronts_apart(runs), *_unfinished(runs), *_failed_gates(runs),
                *_without_front(scores, fronts)]  # fmt: skip
     labels = {source.name: f" [{source.name}]" if len(benches) > 1 else "" for source in benches}
     return {
@@ -131,6 +132,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Source:
+    if not folder.is_dir():
+        raise AccelError(f"{folder} is {'no folder' if folder.exists() else 'not there'}: name the folder that a run has written")
     file = folder / "result.json"
     if not file.exists():
         raise AccelError(f"{folder} holds no result.json: the run has not finished, or this is not a run folder")
@@ -199,17 +202,51 @@ def _pairs(runs: Sequence[Source], names: Mapping[tuple[str, str], str]) -> list
 
 
 def _fronts(sources: Sequence[Source], names: Mapping[tuple[str, str], str]) -> list[Row]:
-    """Rows of `fronts.front_rows`, machine by machine; `machine` is named where there are several."""
-    machines = list(dict.fromkeys(source.machine for source in sources if source.is_run))
+    """Rows of `fronts.front_rows` for each machine and set of prompts; `machine`, and `prompts` (the folders), are named where there are several.
+
+    Means over other prompts differ by what was asked, too, so that they share no front.
+    """
+    runs = [source for source in sources if source.is_run]
+    machines, groups = list(dict.fromkeys(source.machine for source in runs)), _by_prompts(runs)
     rows = []
-    for machine in machines:
-        mine = [source for source in sources if source.machine == machine]
+    for machine, group in itertools.product(machines, groups):
+        mine = [source for source in sources if source.machine == machine and (source in group or not source.is_run)]
         scores = [{**row, "label": names[source.name, row["label"]]} for source in mine if source.is_run for row in source.scores]
+        if not scores:
+            continue
         timed, copies = _joined_times(mine, names, scores)
         baselines, others = ([row for row in scores if bool(row.get("is_baseline")) == wanted] for wanted in (True, False))
         found = front_rows([*baselines, *copies, *others], timed)
-        rows += [{**row, "machine": machine} for row in found] if len(machines) > 1 else found
+        about = {**({"machine": machine} if len(machines) > 1 else {}), **({"prompts": _folders(group)} if len(groups) > 1 else {})}
+        rows += [{**row, **about} for row in found]
     return rows
+
+
+def _by_prompts(runs: Sequence[Source]) -> list[list[Source]]:
+    """The runs in groups: two of one group have the same prompts at each task and length that both have."""
+    prompts: dict[str, dict[tuple[str, int], set[str]]] = {}
+    for source in runs:
+        own = prompts.setdefault(source.name, {})
+        for r in source.records:
+            own.setdefault((r.task, r.tokens), set()).add(r.prompt_hash)
+    groups: list[list[Source]] = []
+    for source in runs:
+        mine = prompts[source.name]
+        fits = (g for g in groups if all(mine[place] == prompts[s.name][place] for s in g for place in mine.keys() & prompts[s.name].keys()))
+        if (group := next(fits, None)) is None:
+            groups.append(group := [])
+        group.append(source)
+    return groups
+
+
+def _folders(sources: Sequence[Source]) -> str:
+    return ", ".join(source.name for source in sources)
+
+
+def _side_by_side(scores: Sequence[Row]) -> list[Row]:
+    """The rows by task, in the order in which tasks come, and length; within these as they are, folder by folder."""
+    tasks = list(dict.fromkeys(row["task"] for row in scores))
+    return sorted(scores, key=lambda row: (tasks.index(row["task"]), row.get("tokens") or 0))
 
 
 def _joined_times(sources: Sequence[Source], names: Mapping[tuple[str, str], str], scores: Sequence[Row]) -> tuple[list[Row], list[Row]]:
@@ -316,6 +353,14 @@ def _prompts_that_differ(runs: Sequence[Source]) -> list[str]:
                 "they are not compared one by one." for (task, tokens), n in other.items()
             ]  # fmt: skip
     return lines
+
+
+def _fronts_apart(runs: Sequence[Source]) -> list[str]:
+    """A line where folders have other prompts, or another number of them, for what both were asked."""
+    groups = _by_prompts(runs)
+    if len(groups) < 2:
+        return []
+    return [f"Other prompts, or another number of them, have another accuracy against time: {'; '.join(map(_folders, groups))}."]
 
 
 def _unfinished(runs: Sequence[Source]) -> list[str]:

@@ -16,6 +16,8 @@ from accel.evals.summary import BASELINE
 # a loss that is the margin but for rounding is within it
 _SLACK = 1e-9
 ANY_TASK = "*"
+# with fewer, one answer moves a score by more than a tenth
+FEWEST_PROMPTS = 10
 
 
 def parse_margins(given: Sequence[str]) -> dict[str, float]:
@@ -39,8 +41,9 @@ def gate_rows(sources: Sequence[Source], margins: Mapping[str, float], names: Ma
 
     A method passes where its loss, dense minus method on the same prompts of its own folder, is at most the margin; with `confidence`, where even the
     one-sided bound of that loss is, so that too few prompts do not pass. Of a perplexity, the loss is its rise as a share of dense's. A prompt
-    that the method or dense has not answered fails it.
-    Each row: label, task, tokens, n (units), loss, bound (None without confidence, or where there is none), margin, passes, why.
+    that the method or dense has not answered fails it, and so does a task of which dense answers nothing, since nothing can be lost there.
+    Each row: label, task, tokens, n (units), dense (its score), loss, bound (None without confidence, or where there is none), margin, passes, why.
+    dense is None of a perplexity; dense and loss are None where there is no basis for a gate.
     Raises OptionError where a task with a margin is in no folder, and where there is nothing to be gated.
     """
     if confidence is not None and not 0.5 < confidence < 1:
@@ -58,6 +61,18 @@ def gate_rows(sources: Sequence[Source], margins: Mapping[str, float], names: Ma
 def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """A sentence for each row that did not pass."""
     return [f"gate: {row['label']} on {_place(row)}: {row['why']}" for row in rows if not row["passes"]]
+
+
+def gate_notices(rows: Sequence[Mapping[str, Any]], confidence: float | None = None) -> list[str]:
+    """A line for each task and length of which few prompts were gated by their measured loss, or whose margin no loss can exceed."""
+    if confidence is not None:
+        return []
+    measured = [row for row in rows if row["loss"] is not None]
+    few = {f"{_place(row)} rests on {_prompts(row['n'])}" for row in measured if row["n"] < FEWEST_PROMPTS}
+    loose = {f"{_place(row)}: dense scores {row['dense']:.3f}, no more than the margin of {row['margin']:g}"
+             for row in measured if row["dense"] is not None and row["dense"] <= row["margin"] + _SLACK}  # fmt: skip
+    advice = f"fewer than {FEWEST_PROMPTS} tell little of others: take more --samples, or say how sure the gate must be with --confidence."
+    return [*(f"gate: {what}; {advice}" for what in sorted(few)), *(f"gate: {what}, so that no loss can fail it." for what in sorted(loose))]
 
 
 def _of_source(source: Source, margins: Mapping[str, float], names: Mapping[tuple[str, str], str], confidence: float | None) -> list[dict[str, Any]]:
@@ -86,9 +101,12 @@ def _verdict(
     n_wanted = max(len(mine), len(dense), wanted or 1)
     if len(pairs) < n_wanted:
         why = f"it and dense have both answered {len(pairs)} of {n_wanted} prompts, which is no basis for a gate"
-        return {"n": len(pairs), "loss": None, "bound": None, "passes": False, "why": why}
+        return _without_basis(len(pairs), why)
     differences = unit_differences(pairs, is_log_prob=is_log_prob)
     n, mean = len(differences), math.fsum(differences) / len(differences)
+    score = None if is_log_prob else math.fsum(b.exact for _, b in pairs) / len(pairs)
+    if score == 0:
+        return _without_basis(n, f"dense answers none of {_prompts(n)}: no method can be told from it; choose a task it can do")
     loss = math.expm1(-mean) if is_log_prob else 0.0 - mean
     bound = None
     if confidence is not None and is_log_prob:
@@ -98,18 +116,27 @@ def _verdict(
         bound = loss_bound(differences, confidence)
     decisive = loss if confidence is None else math.inf if bound is None else bound
     passes = decisive <= margin + _SLACK
-    return {"n": n, "loss": loss, "bound": bound, "passes": passes, "why": "" if passes else _why(loss, bound, margin, n, confidence, is_log_prob)}
+    why = "" if passes else _why(loss, bound, margin, n, confidence, is_log_prob)
+    return {"n": n, "dense": score, "loss": loss, "bound": bound, "passes": passes, "why": why}
+
+
+def _without_basis(n: int, why: str) -> dict[str, Any]:
+    return {"n": n, "dense": None, "loss": None, "bound": None, "passes": False, "why": why}
 
 
 def _why(loss: float, bound: float | None, margin: float, n: int, confidence: float | None, is_log_prob: bool) -> str:
     what = "of perplexity" if is_log_prob else "of score"
-    on = f"{n} {'prompt' if n == 1 else 'prompts'}"
+    on = _prompts(n)
     moved = f"it loses {loss:.3f} {what}" if loss > 0 else f"it loses nothing ({0.0 - loss:+.3f} {what})"
     if confidence is None:
         return f"{moved} against dense, more than the margin of {margin:g} ({on})"
     if bound is None:
         return f"{moved} against dense, and {on} give no bound for a margin of {margin:g}"
     return f"{moved} against dense, and up to {bound:.3f} cannot be ruled out ({confidence:.0%}, one-sided, {on}), more than the margin of {margin:g}"
+
+
+def _prompts(n: int) -> str:
+    return f"{n} {'prompt' if n == 1 else 'prompts'}"
 
 
 def _place(row: Mapping[str, Any]) -> str:

@@ -80,5 +80,5 @@ def gate_table(rows: Sequence[Row]) -> Table:
         ["method", "task", "tokens", "loss", *(["bound"] if has_bound else []), "margin", "n", "passes"],
         cells,
         text_columns=(0, 1),
-        caption=f"Loss: score of dense less that of the method on the same prompts; of a perplexity, its rise as a share.{bound}",
+        caption=f"Loss: score of dense less that of the method on the same prompts; of a perplexity, its rise as a share.{bound} n: prompts.",
     )

@@ -179,14 +179,21 @@ def _accuracy_figures(scores: Sequence[Row], colours: Mapping[str, str]) -> list
             {"label": s["label"], "density": density, "is_baseline": s.get("is_baseline", False), **score}
             for s in mine
             for score in [{"score": s["score"]["value"], "stderr": s["score"].get("stderr")}]
-            if (density := 1.0 if s.get("is_baseline") else s.get("density")) is not None
+            if (density := _density(s)) is not None
         ]
-        if len(points) > 1:
+        if len(points) > 1 and not all(point["is_baseline"] for point in points):
             title = f"{task} at {plots.short_length(tokens)}" if tokens else task
             metric = {"exact": "share of right answers"}.get(name := mine[0]["score"].get("name", "exact"), name)
             svg = plots.accuracy_density_plot(points, colours, title=title, y_label=metric)
             figures.append(Figure("accuracy", "", "", svg=svg))
     return figures
+
+
+def _density(s: Row) -> float | None:
+    """The density of a row of scores: 1 of dense, and of a method whose attention calls all ran dense; None where no method chose what is read."""
+    calls = s.get("calls") or {"sparse": 0, "dense": {}}
+    ran_dense = s.get("is_baseline") or (not calls["sparse"] and any(calls["dense"].values()))
+    return s.get("density") if s.get("density") is not None else 1.0 if ran_dense else None
 
 
 def _keep_figures(means: Sequence[Row]) -> list[Figure]:

@@ -95,14 +95,18 @@ def front_table(rows: Sequence[Row]) -> Table:
     meant: dict[str, dict[str, None]] = {}
     for row in rows:
         meant.setdefault(f"{_score_name(row)}; {TIMES[row['time']]}", {})[_where(row)] = None
-    captions = [f"{', '.join(places)}: {what}." for what, places in meant.items()]
+    if len(meant) == 1:
+        # what is the same everywhere needs no names of machines and folders
+        meant = {what: dict.fromkeys(map(_size, rows)) for what in meant}
+    captions = [f"{('; ' if len(meant) > 1 else ', ').join(places)}: {what}." for what, places in meant.items()]
     return Table(
         ["tokens", "method", "score ± s.e.", "time", "× fastest dense", "on the front"],
         cells,
         text_columns=(1,),
         quiet_rows=frozenset(i for i, row in enumerate(rows) if row["is_baseline"]),
         group_starts=frozenset(starts),
-        caption=f"On the front: no other is at least as good and as fast, and better in one of the two. {' '.join(captions)}",
+        caption="× fastest dense: its time over that of the row, above 1 is faster. "
+        f"On the front: no other is at least as good and as fast, and better in one of the two. {' '.join(captions)}",
     )
 
 
@@ -185,12 +189,16 @@ def _pair(row: Row) -> tuple[str, str]:
 
 
 def _place(row: Row) -> tuple[Any, ...]:
-    return row["kind"], row["tokens"], row.get("machine")
+    return row["kind"], row["tokens"], row.get("machine"), row.get("prompts")
 
 
 def _where(row: Row, *, unit: str = "") -> str:
-    where = f"{short_length(row['tokens'])}{unit}" if row["tokens"] else {"class": "drawn"}.get(row["kind"], "pictures")
-    return f"{where}, {row['machine']}" if row.get("machine") else where
+    where = _size(row, unit=unit)
+    return ", ".join([where, *([row["machine"]] if row.get("machine") else []), *([f"prompts of {row['prompts']}"] if row.get("prompts") else [])])
+
+
+def _size(row: Row, *, unit: str = "") -> str:
+    return f"{short_length(row['tokens'])}{unit}" if row["tokens"] else {"class": "drawn"}.get(row["kind"], "pictures")
 
 
 def _score_name(row: Row, *, most: int = 99) -> str:

@@ -77,6 +77,12 @@ def tuning_result(found: FrontResult, *, margin: float, tasks: Sequence[str]) ->
     """Sections of a result.json: `trials` for the tables and the picture, what must be known, and what it cannot claim."""
     rows = [{**row, "options": _plain(row["options"])} for row in found.rows]
     notices = [] if found.within_margin else [f"No trial came within {margin:g} of dense's score: the recipe is the one with the highest score."]
+    dense = found.measured.dense_score
+    if not found.has_basis:
+        notices.append(f"Dense answers none of the prompts of {', '.join(tasks)}: no trial can lose anything against it, so that the recipe is the "
+                       "fastest, whatever it does to answers. Choose tasks or lengths that the model can do.")  # fmt: skip
+    elif dense <= margin:
+        notices.append(f"Dense scores {dense:.3f}, no more than the margin of {margin:g}: no trial can lose more.")
     if found.measured.time_share >= 1:
         notices.append(f"The recipe is no faster than dense here ({found.measured.time_share:.2f} of its prefill time): dense needs no method.")
     limits = [

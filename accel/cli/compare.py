@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the comparison and writes it where asked. 1 where the gate fails, else 0; folders that cannot be compared raise."""
     from accel.evals.compare import compare, display_names, read_sources
-    from accel.evals.compare_gate import failures, gate_rows, parse_margins
+    from accel.evals.compare_gate import failures, gate_notices, gate_rows, parse_margins
     from accel.evals.report import require_packages
 
     if args.confidence is not None and not args.gate:
@@ -49,6 +50,7 @@ def main(args: argparse.Namespace) -> int:
         result["gate"] = gate_rows(sources, margins, display_names(sources), confidence=args.confidence)
         result["config"] |= {"gate": margins, **({"confidence": args.confidence} if args.confidence else {})}
         failed = failures(result["gate"])
+        result["notices"] = [*gate_notices(result["gate"], args.confidence), *result["notices"]]
     _show(result, as_json=args.json)
     for line in failed:
         print(line, file=sys.stderr)
@@ -61,14 +63,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _show(result: Mapping[str, Any], *, as_json: bool) -> None:
-    from accel.cli.table import print_table
+    from accel.cli.table import format_table
     from accel.evals.compare_report import titled_tables
 
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
         return
     for title, table in titled_tables(result):
-        print_table(table.headers, table.rows, title=title, text_columns=table.text_columns)
+        caption = [textwrap.fill(table.caption, 120)] if table.caption else []
+        print(title, format_table(table.headers, table.rows, text_columns=table.text_columns), *caption, sep="\n", end="\n\n")
     for notice in result["notices"]:
         print(notice)
 

@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups = "task names, ruler, infinitebench, scenes (questions about pictures), all (all text tasks), or data:FILE (prompts of your own)"
     parser.add_argument("--tasks", help=f"{groups}; {names} (default: {DEFAULTS['tasks']})")
     parser.add_argument("--lengths", help="lengths of text prompts in tokens, such as 2k,4k (default: 4k)")
-    parser.add_argument("--samples", type=int, help=f"prompts per task and length, or pictures per task (default: 1, or {PICTURES} pictures, or all rows of data:FILE)")
+    usual = f"1, or {PICTURES} pictures, or all rows of data:FILE where nothing else is asked"
+    parser.add_argument("--samples", type=int, help=f"prompts per task and length, or pictures per task (default: {usual})")
     usual = " or ".join(CONTROLS.values())
     parser.add_argument("--controls", help=f"methods to run at the budget of those asked for; none (default: {usual}, by kind)")
     swept = "run each method that prunes tokens or compresses the cache once per share or count of visual tokens or cache entries"
@@ -123,14 +124,18 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _usual_samples(tasks: Sequence[str]) -> int:
-    """Samples of text tasks where nobody gave a number: all rows of one's own data, as many as each of several files has; else 1."""
-    rows = [task_rows(task) for task in tasks]
-    return min((n for n in rows if n), default=1) if all(rows) else 1
+    """Samples of text tasks where nobody gave a number: all rows of one's own data, of several files as many as each has; beside other tasks, 1."""
+    from accel.evals.tasks import own_rows
+
+    rows = [own_rows(task) for task in tasks]
+    return min((n or 1 for n in rows), default=1)
 
 
 def _own_data_notices(tasks: Sequence[str], lengths: Sequence[int], n: int) -> list[str]:
     """What a reader must know of one's own data: rows that were left out, and lengths that change no prompt."""
-    rows = {task: found for task in tasks if (found := task_rows(task))}
+    from accel.evals.tasks import own_rows
+
+    rows = {task: found for task in tasks if (found := own_rows(task))}
     notices = [f"{task}: {n} of {found} rows used; --samples says how many." for task, found in rows.items() if n < found]
     if rows and len(lengths) > 1:
         notices.append(f"{', '.join(rows)}: the prompts of all lengths are the same; a length is only the room that they have.")
@@ -241,10 +246,11 @@ def _run(
     }  # fmt: skip
     if files := {label: found for label, methods in variants.items() if (found := by_content(methods)) != plain[label]}:
         config["files"] = json.loads(json.dumps(files))
-    tell(_changes(earlier, config, settings))
+    changes = _changes(earlier, config, settings)
     # what is wrong without the model is told before it is loaded, and what is wrong with it before a folder is made
     if settings["out"]:
         RunFolder.check(settings["out"], config, resume=bool(settings["resume"]))
+    tell(changes)
     may_hold = ("config.yaml", "samples.jsonl")
     path = team.agree(Path(settings["out"]) if settings["resume"] else free_folder("run", settings["out"], may_hold=may_hold))
     RunFolder.check(path, config, resume=bool(settings["resume"]))
@@ -402,7 +408,6 @@ def _draw(
 
 def _prices(loaded: LoadedModel) -> Prices | None:
     """What a token costs in this model, or None where the arithmetic does not describe it."""
-    from accel.errors import UnsupportedError
     from accel.evals.visual_cost import DecoderShape
     from accel.evals.visual_layers import Prices
 

@@ -79,6 +79,8 @@ def main(args: argparse.Namespace) -> int:
     """Lists what can be tuned, or measures and writes a recipe. 0 when that was done."""
     settings = merge_settings(args, DEFAULTS, ("samples", "trials"))
     what, is_trade_off = settings["what"], settings["objective"] == ACCURACY_AT_LATENCY
+    if settings["objective"] is not None and not is_trade_off:
+        _require_objective(settings["objective"])
     settings["lengths"] = settings["lengths"] or (TASK_LENGTHS if is_trade_off else LENGTHS)
     if not is_trade_off and (given := [f"--{name}" for name in OF_TRADE_OFF if getattr(args, name) is not None]):
         raise OptionError(f"{' and '.join(given)} belong to --objective {ACCURACY_AT_LATENCY}")
@@ -112,6 +114,15 @@ def main(args: argparse.Namespace) -> int:
     if calibration is not None and is_calibration:
         return _calibrate(method, calibration, _given(what, method), settings)
     return _search(method, _given(what, method), settings)
+
+
+def _require_objective(wanted: str) -> None:
+    """Raises OptionError for what is an objective of no method."""
+    from accel.registry import did_you_mean, method_class, method_names
+
+    known = list(dict.fromkeys([ACCURACY_AT_LATENCY, *(name for method in method_names() for name in method_class(method).objectives())]))
+    if wanted not in known:
+        raise OptionError(f"there is no objective {wanted!r}{did_you_mean(wanted, known)} There are: {', '.join(known)}")
 
 
 def _require_search(method: Method, calibration: Calibration, what: str, asked: Sequence[str]) -> None:
@@ -209,7 +220,7 @@ def _search(method: Method, given: Mapping[str, Any], settings: Mapping[str, Any
 
 
 def _trade_off(method: Method, given: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
-    """Runs or resumes a search for accuracy against latency, and reports it. 1 where no trial came within the margin."""
+    """Runs or resumes a search for accuracy against latency, and reports it. 1 where none came within the margin, or dense answers nothing."""
     from accel.cli.measuring import describe_run, finish_run
     from accel.cli.options import parse_lengths, split_items
     from accel.evals.report import require_packages
@@ -241,10 +252,10 @@ def _trade_off(method: Method, given: Mapping[str, Any], settings: Mapping[str, 
     head = describe_run("tune", f"{settings['what']}: accuracy against latency", loaded, said, dtype_reason=reason)
     result = tuning_result(found, margin=settings["margin"], tasks=tasks)
     _print_trials(result)
-    print(_chosen(found, settings["margin"]))
+    print("\n".join([_chosen(found, settings["margin"]), *result["notices"]]))
     print(f"wrote {found.recipe}")
     finish_run(folder, {**head, **result})
-    return 0 if found.within_margin else 1
+    return 0 if found.within_margin and found.has_basis else 1
 
 
 def _print_trials(result: Mapping[str, Any]) -> None:
@@ -258,9 +269,11 @@ def _print_trials(result: Mapping[str, Any]) -> None:
 def _chosen(found: FrontResult, margin: float) -> str:
     reached = found.measured
     line = f"score {reached.score:.3f} (dense {reached.dense_score:.3f}) in {reached.time_share:.2f} of dense's prefill time"
+    if not found.has_basis:
+        return f"chosen: {line}, the fastest of {len(found.rows)} trials"
     if found.within_margin:
         return f"chosen: {line}, the fastest of {len(found.rows)} trials within {margin:g} of dense"
-    return f"no trial came within {margin:g} of dense; the best has {line}"
+    return f"chosen: {line}, the highest score of {len(found.rows)} trials"
 
 
 def _calibrate(method: Method, calibration: Calibration, given: Mapping[str, Any], settings: Mapping[str, Any]) -> int:

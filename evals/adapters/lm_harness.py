@@ -64,6 +64,11 @@ class AccelHF(HFLM):  # type: ignore[misc]
             loaded = load_model(pretrained, dtype="float32" if dtype == "auto" else dtype, device=device)
             pretrained, tokenizer = loaded.model, tokenizer or loaded.tokenizer
         super().__init__(pretrained, tokenizer=tokenizer, dtype=dtype, device=device, batch_size=batch_size, **kwargs)
+        # lm-eval ends replies at it, and fails with a type error where there is none
+        if self.tokenizer.eos_token_id is None:
+            raise UnsupportedError(
+                "lm-eval cannot read with this tokenizer:", ["it has no token that ends a text; set `eos_token` in its tokenizer_config.json"]
+            )
         self.accel = Applied(self.model, methods, require_effect=require_effect)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

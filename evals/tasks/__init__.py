@@ -1,8 +1,8 @@
 """Tasks whose prompts are made by code: one file each, found by its name. A file here defines `TASK`; files that start with `_` are helpers.
 
 The docstring of a task's file is its card: what it asks, its source and parameters, and what was changed. `python -m accel.evals.tasks NAME`
-prints it. "data:FILE" and "data:HUB/ID" are tasks too, from one's own prompts (`_data.py`). A task makes samples of one kind: text prompts of a length
-(`Task`), pictures with a question (`PictureTask`), or pictures to be drawn (`ImageTask`).
+prints it. "data:FILE" and "data:HUB/ID" are tasks too, from one's own prompts (`_data.py`). A task makes samples of one kind: text prompts of a
+length (`Task`), pictures with a question (`PictureTask`), or pictures to be drawn (`ImageTask`).
 """
 
 from __future__ import annotations
@@ -196,6 +196,12 @@ def load_text_task(name: str) -> Task:
     if not isinstance(task, Task):
         raise OptionError(f"the task {name} asks about pictures: it has no prompt of a length")
     return task
+
+
+def own_rows(name: str) -> int | None:
+    """How many rows one's own data has; None for the tasks that are files here."""
+    task = load_task(name)
+    return task.most_samples if name.startswith(OWN_DATA) and isinstance(task, Task) else None
 
 
 def expand_names(names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from accel.evals.tasks import OWN_DATA, card, expand_names, group_names, load_ta
 def main(words: Sequence[str]) -> int:
     """Prints one card after the other, or the list of tasks. 2 for a name that is not known."""
     parser = argparse.ArgumentParser("python -m accel.evals.tasks", description="What each task asks, its source, and what its scores cannot show.")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"a task, a group ({', '.join(group_names())}) or {OWN_DATA}FILE; none: a list of tasks")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"a task, a group ({', '.join(group_names())}), {OWN_DATA}FILE; none: list all")
     names = parser.parse_args(words).names
     if not names:
         width = max(map(len, task_names()))

@@ -29,6 +29,8 @@ def test_tables_and_files(folders: list[str], tmp_path: Path, capsys: pytest.Cap
         assert f"\n{title}\n" in f"\n{text}"
     assert "exact McNemar" in text
     assert "2.00×" in text, "80 ms of the fastest dense over 40 ms"
+    assert "\n× fastest dense: its time over that of the row, above 1 is faster." in text
+    assert "1K: score of needle; time to first token." in text.replace("\n", " ")
     assert {file.name for file in out.iterdir()} == {"compare.json", "compare.md", "compare.html"}
     written = json.loads((out / "compare.json").read_text())
     assert [row["label"] for row in written["fronts"] if row["is_front"]] == ["dense (accel)", "m"]
@@ -43,6 +45,7 @@ def test_a_gate_that_holds_and_one_that_fails(folders: list[str], tmp_path: Path
     assert main(["compare", *folders, "--gate", "0.3"]) == 0
     shown = capsys.readouterr()
     assert "Gate\n" in shown.out
+    assert "gate: needle at 1024 tokens rests on 4 prompts; fewer than 10 tell little of others" in shown.out
     assert shown.err == ""
     out = tmp_path / "compared"
     assert main(["compare", *folders, "--gate", "needle=0.2", "--out", str(out)]) == 1
@@ -51,6 +54,12 @@ def test_a_gate_that_holds_and_one_that_fails(folders: list[str], tmp_path: Path
     assert f"> {sentence}" in (out / "compare.md").read_text()
     assert main(["compare", *folders, "--gate", "0.3", "--confidence", "0.95"]) == 1
     assert "cannot be ruled out (95%, one-sided" in capsys.readouterr().err
+
+
+def test_a_gate_on_what_dense_cannot_do_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "scores", {"m": [0, 0]}, dense=[0, 0])
+    assert main(["compare", str(run), "--gate", "0.02"]) == 1
+    assert "gate: m on needle at 1024 tokens: dense answers none of 2 prompts: no method can be told from it" in capsys.readouterr().err
 
 
 def test_json_is_all_that_is_printed(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +73,7 @@ def test_json_is_all_that_is_printed(folders: list[str], capsys: pytest.CaptureF
     ("words", "message"),
     [
         (["--confidence", "0.9"], "give a margin with --gate"), (["--gate", "0.1", "--confidence", "95"], "between 0.5 and 1"),
-        (["--gate", "fewshot=0.1"], "no folder has scores of fewshot"), (["--out", "."], "holds other files"), (["nowhere"], "holds no result.json"),
+        (["--gate", "fewshot=0.1"], "no folder has scores of fewshot"), (["--out", "."], "holds other files"), (["nowhere"], "nowhere is not there"),
     ],
     ids=["confidence_alone", "percent", "task", "out", "folder"],
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny_llama import save_tiny
 
 from accel.cli.main import main
 from accel.cli.options import read_variants
-from accel.errors import OptionError
+from accel.errors import AccelError, OptionError
 from accel.evals.results import MEASURED
 
 SPARSE = "flexprefill:min_seq_len=0,min_budget=128,block_size=64,gamma=0.6"
@@ -67,7 +68,7 @@ def test_answers_of_lengths_that_are_no_longer_asked_for_are_not_shown(model: st
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--tasks", "key_value,needle", "--lengths", "512"], "needle needs prompts of at least"),
+        (["--tasks", "needle", "--lengths", "512"], "accel: needle needs prompts of at least"),
         (["--tasks", "needle,code", "--samples", "13"], "code has 12 samples, one per module, asked for 13"),
     ],
     ids=["length", "samples"],
@@ -78,6 +79,79 @@ def test_prompts_that_a_later_task_does_not_have_are_told_before_the_first_is_me
     assert run(model, "--out", str(tmp_path / "r"), *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "r").exists(), "nothing was measured"
+
+
+def test_all_prompts_that_cannot_be_made_are_told_at_once(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(model, "--out", str(tmp_path / "r"), "--tasks", "needle,key_value,code", "--lengths", "64,128", "--samples", "13") == 2
+    told = capsys.readouterr().err
+    pairs = re.findall(r"  - (\w+) needs prompts of at least \d+ tokens .* asked for (\d+)", told)
+    assert pairs == [("needle", "64"), ("needle", "128"), ("key_value", "64"), ("key_value", "128")]
+    assert told.count("code has 12 samples") == 1, "once, not for each length"
+    assert "Go on with" not in told
+    assert not (tmp_path / "r").exists()
+
+
+def own_data(path: Path, n: int) -> str:
+    path.write_text("".join(json.dumps({"prompt": f"{i} and one is", "answer": str(i + 1), "max_new_tokens": 2}) + "\n" for i in range(n)))
+    return f"data:{path}"
+
+
+def test_all_rows_of_own_data_are_asked_unless_a_number_is_given(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    three, two = own_data(tmp_path / "three.jsonl", 3), own_data(tmp_path / "two.jsonl", 2)
+    words = ["--tasks", three, "--controls", "none", "--warmup", "0"]
+    assert run(model, *words, "--out", str(tmp_path / "a")) == 0
+    assert "rows used" not in capsys.readouterr().out
+    assert len(samples_but_for_times(tmp_path / "a")) == 2 * 3
+    assert run(model, *words, "--samples", "1", "--lengths", "512,1k", "--out", str(tmp_path / "b")) == 0
+    told = [f"{three}: 1 of 3 rows used", f"{three}: the prompts of all lengths are the same"]
+    out = capsys.readouterr()
+    assert all(line in out.out and line in out.err for line in told)
+    assert all(line in " ".join(json.loads((tmp_path / "b" / "result.json").read_text())["notices"]) for line in told)
+    for tasks, n in ((f"{three},{two}", 2), (f"{three},needle", 1)):
+        assert main(["run", "--model", model, "--tasks", tasks, "--dry-run"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out)["samples"] == n
+
+
+def test_a_resumed_run_may_grow_and_not_shrink(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--controls", "none", "--warmup", "0", "--out", str(tmp_path / "r")]
+    assert run(model, *words, "--samples", "2") == 0
+    report = (tmp_path / "r" / "result.json").read_text()
+    assert main(["run", "--out", str(tmp_path / "r"), "--resume", "--samples", "1"]) == 2
+    told = capsys.readouterr().err
+    assert "holds 2 samples per task, asked for 1" in told
+    assert "the run goes on" not in told
+    assert (tmp_path / "r" / "result.json").read_text() == report
+    assert main(["run", "--out", str(tmp_path / "r"), "--resume", "--samples", "3"]) == 0
+    assert len(samples_but_for_times(tmp_path / "r")) == 2 * 3
+
+
+@pytest.mark.parametrize(("after", "error", "told"), [
+    (0, AccelError("broken"), "accel: no sample is saved.\n"), (1, OptionError("wrong"), "accel: 1 sample is saved.\n"),
+    (1, AccelError("broken"), "accel: 1 sample is saved. Go on with"),
+], ids=["nothing saved", "asked wrongly", "to go on with"])  # fmt: skip
+def test_only_what_can_be_gone_on_with_is_told_to_be(
+    after: int, error: AccelError, told: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accel.evals.measuring import Measurer
+
+    measured, calls = Measurer.measure, iter(range(10))
+
+    def failing(*given: Any) -> Any:
+        if next(calls) == after:
+            raise error
+        return measured(*given)
+
+    monkeypatch.setattr(Measurer, "measure", failing)
+    assert run(model, "--warmup", "0", "--out", str(tmp_path / "r")) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_folder_for_a_settings_file_is_told_which_file_is_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--config", str(tmp_path), "--dry-run"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+    (tmp_path / "config.yaml").touch()
+    assert main(["run", "--config", str(tmp_path), "--dry-run"]) == 2
+    assert f"did you mean {tmp_path}/config.yaml?" in capsys.readouterr().err
 
 
 def test_the_dry_run_shows_flags_over_file_over_defaults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,9 @@ from runs import write_bench, write_run
 
 from accel.errors import AccelError, OptionError, UnsupportedError
 from accel.evals.compare import _is_same, compare, display_names, read_sources
-from accel.evals.compare_gate import failures, gate_rows, parse_margins
+from accel.evals.compare_gate import failures, gate_notices, gate_rows, parse_margins
+from accel.evals.report import _accuracy_figures
+from accel.evals.report_comparisons import front_figures, front_table
 from accel.registry import build
 
 pytest.importorskip("scipy")
@@ -63,6 +65,22 @@ def test_a_label_of_two_folders_is_shown_twice_and_the_later_one_compared_with_t
     rows = {(row["label"], row["other"]): row for row in result["comparisons"]}
     assert set(rows) == {("m [old]", "dense [old]"), ("m [new]", "dense [new]"), ("m [new]", "m [old]")}
     assert (rows["m [new]", "m [old]"]["better"], rows["m [new]", "m [old]"]["worse"]) == (0, 2)
+
+
+def test_scores_stand_by_task_and_length_and_then_by_folder(tmp_path: Path) -> None:
+    places = [("needle", 2048), ("needle", 1024), ("code", 1024)]
+    folders = [write_run(tmp_path / name, {"m": [1]}) for name in ("old", "new")]
+    for folder in folders:
+        result = json.loads((folder / "result.json").read_text())
+        rows = [{**row, "task": task, "tokens": tokens} for task, tokens in places for row in result["scores"]]
+        (folder / "result.json").write_text(json.dumps({**result, "scores": rows}))
+        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+        samples = [{**line, "task": task, "tokens": tokens} for task, tokens in places for line in lines]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    labels = ["dense [old]", "m [old]", "dense [new]", "m [new]"]
+    assert [(row["task"], row["tokens"], row["label"]) for row in compare(read_sources(folders))["scores"]] == [
+        (task, tokens, label) for task, tokens in [("needle", 1024), ("needle", 2048), ("code", 1024)] for label in labels
+    ]
 
 
 def test_the_only_methods_of_two_folders_are_compared_with_each_other(tmp_path: Path) -> None:
@@ -144,6 +162,28 @@ def test_other_seeds_and_prompts_are_told_and_never_paired(tmp_path: Path) -> No
     assert not any(row["other"].startswith("m") for row in result["comparisons"])
 
 
+def test_runs_of_other_prompts_have_fronts_of_their_own(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", {"m": [1, 1]}, dense=[0, 0])
+    write_run(tmp_path / "b", {"n": [0, 0]}, seed=1, prompt="b")
+    write_run(tmp_path / "c", {"o": [0, 0]})
+    write_run(tmp_path / "d", {"p": [0, 0, 0]})
+    write_bench(tmp_path / "times", {"dense (sdpa)": 100.0, "m": 40.0})
+    result = compare(read_sources([tmp_path / name for name in ("a", "b", "c", "d", "times")]))
+    found: dict[str, list[str]] = {}
+    for row in result["fronts"]:
+        found.setdefault(row["prompts"], []).append(row["label"])
+    assert found == {"a, c": ["dense [a]", "dense [c]", "m", "o"], "b": ["dense [b]", "n"], "d": ["dense [d]", "p"]}
+    assert {row["label"]: row["ms"] for row in result["fronts"]}["m"] == 40.0, "times belong to no prompts"
+    assert {row["label"] for row in result["fronts"] if row["prompts"] == "b" and row["is_front"]} == {"dense [b]"}, "not beaten by m of a"
+    assert "Other prompts, or another number of them, have another accuracy against time: a, c; b; d." in result["notices"]
+    table, figures = front_table(result["fronts"]), front_figures(result["fronts"], {})
+    assert [row[0] for row in table.rows if row[1] == "n"] == ["1K, prompts of b"]
+    assert "1K, prompts of b; 1K, prompts of d: score of needle; prefill while it was scored." in table.caption
+    alike = front_table([row for row in result["fronts"] if row["prompts"] != "a, c"]).caption
+    assert alike.endswith(" 1K: score of needle; prefill while it was scored."), "no list of folders where all mean the same"
+    assert [figure.title for figure in figures] == [f"1K tokens, prompts of {names}" for names in found]
+
+
 def test_an_unfinished_run_and_other_versions_are_told(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"m": [1]}, n_missing=3)
     write_run(tmp_path / "b", {"m": [1]}, env={"torch": "9.9"})
@@ -179,6 +219,28 @@ def test_folders_without_scores_and_folders_named_twice_are_refused(tmp_path: Pa
 def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / parent / "run", {"m": [1]}) for parent in ("x", "y")]
     assert [source.name for source in read_sources(folders)] == ["x/run", "y/run"]
+
+
+def test_a_folder_that_is_not_there_is_told_from_a_run_without_a_result(tmp_path: Path) -> None:
+    with pytest.raises(AccelError, match="gone is not there"):
+        read_sources([tmp_path / "gone"])
+    (tmp_path / "file").touch()
+    with pytest.raises(AccelError, match="file is no folder"):
+        read_sources([tmp_path / "file"])
+
+
+# --- the plots of density -----------------------------------------------------------------------------------------------------
+
+
+def test_a_method_that_ran_dense_stands_at_density_one_and_dense_alone_has_no_plot() -> None:
+    pytest.importorskip("matplotlib")
+    dense = {"task": "needle", "tokens": 1024, "label": "dense", "score": {"value": 1.0, "stderr": 0.0}, "density": None, "is_baseline": True}
+    short = {**dense, "label": "short", "is_baseline": False, "calls": {"sparse": 0, "dense": {"shorter than min_seq_len": 30}}}
+    cache = {**short, "label": "cache", "calls": {"sparse": 0, "dense": {}}}
+    [figure] = _accuracy_figures([dense, short, cache], {})
+    assert "short" in (figure.svg or "")
+    assert "cache" not in (figure.svg or ""), "what chooses no tiles has no density"
+    assert _accuracy_figures([dense, {**dense, "label": "dense [b]"}], {}) == []
 
 
 # --- the gate -----------------------------------------------------------------------------------------------------------------
@@ -219,6 +281,25 @@ def test_a_perplexity_is_gated_by_its_rise(tmp_path: Path) -> None:
     assert "of perplexity" in row["why"]
     assert gated(folder, "0.04")[0]["passes"]
     assert gated(folder, "0.04", 0.95)[0]["bound"] == pytest.approx(row["loss"]), "three prompts that agree"
+
+
+@pytest.mark.parametrize("confidence", [None, 0.95])
+def test_a_task_of_which_dense_answers_nothing_is_no_basis_for_a_gate(confidence: float | None, tmp_path: Path) -> None:
+    [row] = gated(write_run(tmp_path / "a", {"m": [0, 1]}, dense=[0, 0]), "1", confidence)
+    assert (row["passes"], row["loss"], row["n"]) == (False, None, 2)
+    assert row["why"] == "dense answers none of 2 prompts: no method can be told from it; choose a task it can do"
+    assert gate_notices([row]) == [], "it fails, which says enough"
+
+
+def test_few_prompts_and_a_margin_that_no_loss_exceeds_are_told(tmp_path: Path) -> None:
+    few, loose, fine = (write_run(tmp_path / name, {"m": [1] * n}, dense=dense) for name, n, dense in
+                        [("few", 9, None), ("loose", 10, [1] + [0] * 9), ("fine", 10, None)])  # fmt: skip
+    [notice] = gate_notices(rows := gated(few, "0.02"))
+    assert notice.startswith("gate: needle at 1024 tokens rests on 9 prompts; fewer than 10 tell little of others")
+    assert gate_notices(rows, 0.95) == [], "a confidence counts the prompts"
+    [notice] = gate_notices(gated(loose, "0.1"))
+    assert notice == "gate: needle at 1024 tokens: dense scores 0.100, no more than the margin of 0.1, so that no loss can fail it."
+    assert gate_notices(gated(loose, "0.09")) == gate_notices(gated(fine, "0.02")) == []
 
 
 def test_prompts_that_were_not_answered_fail_the_gate(tmp_path: Path) -> None:

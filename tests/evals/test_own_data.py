@@ -127,7 +127,10 @@ def test_files_that_are_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"cannot read files that end in '\.txt'; there are loaders for \.jsonl"):
         load_text_task(written(tmp_path, GOOD, name="own.txt"))
     with pytest.raises(OptionError, match="holds no rows"):
-        load_text_task(written(tmp_path, "", name="empty.jsonl"))
+        load_text_task(written(tmp_path, "", name="blank.jsonl"))
+    for name in ("empty.jsonl", "empty.csv"):
+        with pytest.raises(OptionError, match=rf"{name}: the file is empty"):
+            load_text_task(written(tmp_path, name=name))
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"prompt": "\xe4"}\n')
     with pytest.raises(OptionError, match=r"latin\.jsonl, line 2: not UTF-8 text .* at byte 12"):
         load_text_task(f"data:{tmp_path}/latin.jsonl")

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def run(tmp_path: Path) -> Path:
     result = json.loads((folder / "result.json").read_text())
     longer = [{**row, "tokens": 2048, "prefill_ms": {key: 3 * ms for key, ms in row["prefill_ms"].items()}} for row in result["scores"]]
     rows = [*result["scores"], *longer]
+    with (folder / "samples.jsonl").open("a") as file:
+        file.writelines(json.dumps({**asdict(record), "tokens": 2048}) + "\n" for record in source.records)
     maps = {
         "label": label, "block_size": 128, "tokens": 384, "n_layers": 4, "density": {"1": [0.5, 1.0], "3": [0.2, 0.7]},
         "maps": [{"layer": 1, "head": 0, "density": 0.5, "rows": ["1", "01", "100"]}],

@@ -64,7 +64,7 @@ def test_samples_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "r", CONFIG, resume=True)
     assert [r.sample for r in folder.records] == [0, 1]
     folder.append(record(sample=2))
-    assert [r.sample for r in RunFolder.create(tmp_path / "r", CONFIG, resume=True).records] == [0, 1, 2]
+    assert [r.sample for r in RunFolder.create(tmp_path / "r", {**CONFIG, "samples": 3}, resume=True).records] == [0, 1, 2]
 
 
 def test_a_folder_in_use_is_not_overwritten(tmp_path: Path) -> None:
@@ -90,6 +90,18 @@ def test_a_resumed_run_may_go_further(tmp_path: Path) -> None:
     further = {**CONFIG, "samples": 9, "methods": {**CONFIG["methods"], "b": [{"powerattention": {}}]}}
     assert len(RunFolder.create(tmp_path, further, resume=True).records) == 1
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == further
+
+
+def test_a_resumed_run_never_loses_samples_from_its_report(tmp_path: Path) -> None:
+    config = {**CONFIG, "samples": 4, "tasks": ["needle"]}
+    folder = RunFolder.create(tmp_path, config)
+    for i in range(3):
+        folder.append(record(sample=i))
+    with pytest.raises(AccelError, match=r"holds 3 samples per task, asked for 2: .* Ask for at least 3, or choose another folder with --out"):
+        RunFolder.check(tmp_path, {**config, "samples": 2}, resume=True)
+    # an unfinished run may end with what it has, and other tasks have no samples yet
+    RunFolder.check(tmp_path, {**config, "samples": 3}, resume=True)
+    RunFolder.check(tmp_path, {**config, "samples": 2, "tasks": ["code"]}, resume=True)
 
 
 def test_a_sample_is_saved_once(tmp_path: Path) -> None:
@@ -196,3 +208,5 @@ def test_what_differs_is_told_in_words_of_the_user(tmp_path: Path) -> None:
     RunFolder.create(tmp_path, {**CONFIG, "reference": "a"})
     with pytest.raises(AccelError, match=r"cannot be resumed: the first sparse method \(the controls get its density\) differs from"):
         RunFolder.create(tmp_path, {**CONFIG, "reference": "b"}, resume=True)
+    with pytest.raises(AccelError, match=r"cannot be resumed: --method \(beside one that drops cache entries, .*\) differs from"):
+        RunFolder.create(tmp_path, {**CONFIG, "reference": "a", "questions": "apart"}, resume=True)

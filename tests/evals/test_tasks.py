@@ -327,6 +327,19 @@ def test_every_task_has_a_card(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'vt'" in capsys.readouterr().err
 
 
+def test_without_a_name_the_tasks_are_listed_and_help_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from accel.evals.tasks.__main__ import main
+
+    assert main([]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == task_names()
+    assert all(line.split(maxsplit=1)[1] == card(line.split()[0]).splitlines()[0] for line in told)
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "usage: python -m accel.evals.tasks" in capsys.readouterr().out
+
+
 # --- names --------------------------------------------------------------------------------------------------------------------
 
 

@@ -48,11 +48,12 @@ def tune(model: str, out: Path, *words: str) -> int:
 
 def test_a_search_from_the_shell_to_a_recipe_and_a_report(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    # random weights know no answer, dense or not, so that every trial is within the margin
-    assert tune(model, out, "--trials", "3", "--search", "precision=accurate|fast") == 0
+    # random weights know no answer, dense or not
+    assert tune(model, out, "--trials", "3", "--search", "precision=accurate|fast") == 1
     text = capsys.readouterr().out
     assert "Trials, the fastest first" in text
-    assert "the fastest of 3 trials within 0.02 of dense" in text
+    assert "Dense answers none of the prompts of needle" in text
+    assert "dense answers nothing, so that accuracy chose nothing" in Recipe.load(out / "recipe.yaml").note
     [method] = Recipe.load(out / "recipe.yaml").methods
     assert method.options()["min_seq_len"] == 0
     written = json.loads((out / "trials.json").read_text())
@@ -61,13 +62,14 @@ def test_a_search_from_the_shell_to_a_recipe_and_a_report(model: str, tmp_path: 
     assert all(row["time_share"] > 0 for row in written["trials"])
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 1
+    assert "Dense answers none of the prompts of needle" in page
     assert "are likely to be lower on others" in page
     assert "| chosen" in (out / "report.md").read_text() or "chosen, defaults |" in (out / "report.md").read_text()
 
     samples = {file: file.read_bytes() for file in (out / "samples").glob("*/samples.jsonl")}
     assert len(samples) == 3
     assert {line["label"] for data in samples.values() for line in map(json.loads, data.splitlines())} == {"dense", "trial"}
-    assert tune(model, out, "--trials", "4", "--search", "precision=accurate|fast", "--margin", "0.5") == 0
+    assert tune(model, out, "--trials", "4", "--search", "precision=accurate|fast", "--margin", "0.5") == 1
     assert len(list((out / "samples").iterdir())) == 4
     assert {file: file.read_bytes() for file in samples} == samples, "what was measured is not measured again"
     assert tune(model, out, "--trials", "4") == 2, "another space is another search"
@@ -105,7 +107,7 @@ def test_samples_of_a_trial_that_was_cut_short_are_kept(model: str, tmp_path: Pa
     ("words", "message"),
     [
         (["--tasks", "code"], "scored by a perplexity"), (["--search", "keep"], "--search takes OPTION=LOW..HIGH"),
-        (["--search", "nothing=1..2"], "has no option 'nothing'"), (["--lengths", "4k"], "holds 1024 tokens"),
+        (["--search", "gama=0.1..0.9"], "has no option 'gama' to search; did you mean 'gamma'? It has: "), (["--lengths", "4k"], "holds 1024 tokens"),
         (["--lengths", "256"], "needle needs prompts of at least"), (["--samples", "0"], "at least 1"), (["--margin", "2"], "the margin is"),
     ],
     ids=["perplexity", "spelling", "option", "length", "short", "samples", "margin"],
@@ -128,6 +130,37 @@ def test_a_recipe_that_is_slower_than_dense_is_told(tmp_path: Path) -> None:
     assert "no faster than dense here (1.25 of its prefill time)" in notice
     faster = replace(found, measured=Measured(1.0, 1.0, 0.8))
     assert tuning_result(faster, margin=0.02, tasks=["needle"])["notices"] == []
+
+
+def test_a_margin_that_no_trial_can_exceed_is_told(tmp_path: Path) -> None:
+    found = FrontResult(build("streaming_kv"), Measured(0.0, 0.25, 0.8), True, [], 0, tmp_path)
+    [notice] = tuning_result(found, margin=0.25, tasks=["needle"])["notices"]
+    assert notice == "Dense scores 0.250, no more than the margin of 0.25: no trial can lose more."
+    assert tuning_result(found, margin=0.24, tasks=["needle"])["notices"] == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "chosen", "code"),
+    [
+        (Measured(0.9, 0.9, 0.5), "0.50 of dense's prefill time, the fastest of 1 trials within 0.02 of dense\nwrote", 0),
+        (Measured(0.5, 0.9, 0.5), "0.50 of dense's prefill time, the highest score of 1 trials\nNo trial came within 0.02", 1),
+        (Measured(0.0, 0.0, 0.5), "0.50 of dense's prefill time, the fastest of 1 trials\nDense answers none", 1),
+    ],
+    ids=["within", "outside", "no_basis"],
+)
+def test_the_exit_code_tells_whether_the_recipe_keeps_the_score(
+    outcome: Measured, chosen: str, code: int, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TradeOff, "__call__", lambda self, method: outcome)
+    assert tune(model, tmp_path / "run", "--trials", "1") == code
+    assert chosen in capsys.readouterr().out
+    assert (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("what", ["flexprefill", "crossover"])
+def test_an_objective_that_is_misspelt_is_told_before_its_flags(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", what, "--objective", "accuracy@latncy", "--tasks", "needle"]) == 2
+    assert "there is no objective 'accuracy@latncy'; did you mean 'accuracy@latency'? There are: accuracy@latency, " in capsys.readouterr().err
 
 
 def test_flags_of_this_objective_are_refused_with_another(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,21 @@ def test_the_command_is_an_entry_point() -> None:
     assert point.load() is main
 
 
+def test_what_is_refused_is_told_without_a_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "accel-hf", "--model_args", f"pretrained={folder},method=flexprefil", "--device", "cpu", "--tasks", "lambada_openai"]
+    monkeypatch.setattr(sys, "argv", ["accel-lm-eval", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("accel: ")]
+    assert "did you mean 'flexprefill'" in line
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused(folder: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"no token that ends a text; set `eos_token`"):
+        AccelHF(str(folder), tokenizer=byte_tokenizer())
+
+
 # --- requests -------------------------------------------------------------------------------------------------------------------
 
 

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder for the results (default: runs/<date>-bench-serve)")
     parser.epilog = (
         "The client's flags (--num-prompts, --random-input-len, --request-rate, --dataset-name, …): vllm bench serve --help.\n\n"
-        "example:\n  accel bench serve --model smollm2 --method powerattention --server '--max-model-len 4096' --num-prompts 16 "
-        "--random-input-len 3000"
+        "example:\n  accel bench serve --model smollm2 --method flexprefill:min_budget=256,min_seq_len=1024 --server '--max-model-len 4096' "
+        "--num-prompts 16 --random-input-len 3000"
     )
 
 
@@ -59,6 +59,7 @@ def main(args: argparse.Namespace) -> int:
     result = _result(args, variants, rows, server=server)
     table = serving_table(result["serving"])
     print_table(table.headers, table.rows, title=result["title"], text_columns=table.text_columns)
+    print("\n".join(result["notices"]))
     finish_run(folder, result)
     return 0 if all(row["completed"] == row["asked"] for row in rows) else 1
 
@@ -68,12 +69,18 @@ def _result(
 ) -> dict[str, Any]:  # fmt: skip
     from accel.cli.measuring import describe_run
     from accel.patches.hosts.vllm import compat
+    from accel.protocols import SparseAttention
 
     plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in variants.items()}
     config = {"command": "bench serve", "model": args.model, "methods": plain, "server": list(server), "client": list(args.more)}
     found = describe_run("bench serve", f"{args.model}: vLLM's serving benchmark, dense and patched", None, config, dtype_reason="vLLM's own choice")
     found["env"]["vllm"] = compat.vllm_version()
     notices = [f"{label}: {notice}" for label, methods in variants.items() for m in methods if (notice := m.needs_training)]
+    sparse = {label for label, methods in variants.items() if any(isinstance(m, SparseAttention) for m in methods)}
+    notices += [
+        f"{row['label']}: nothing ran sparse; this compares dense with dense (prompts shorter than min_seq_len, or options that keep everything)"
+        for row in rows if row["label"] in sparse and not row.get("sparse_calls")
+    ]  # fmt: skip
     limits = [
         "Servers ran one after the other, each once: what else the machine did meanwhile is in the numbers.",
         "vLLM's random prompts are random tokens, which attend to nothing in particular: text has another density, and so another speed.",

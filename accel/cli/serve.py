@@ -22,11 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
     parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help="repeatable: several methods stand together")
     parser.add_argument("--recipe", help="a recipe file, instead of --method")
-    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked without weights, print what vLLM would be given")
+    dry = "check everything that can be checked without weights, print what accel adds to vLLM's options"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
     parser.epilog = (
         "MODEL is what vLLM takes, or an embedded model (smollm2). Without a method vLLM serves as it is, the dense baseline.\n"
         "vLLM's own flags: vllm serve --help=all. Counters are in /metrics, names beginning with accel_.\n\n"
-        "examples:\n  accel serve smollm2 --method powerattention --max-model-len 4096 --port 8000\n"
+        "examples:\n  accel serve smollm2 --method flexprefill:min_budget=256,min_seq_len=1024 --max-model-len 4096 --port 8000\n"
         "  accel serve llava-hf/llava-1.5-7b-hf --method fastervlm:keep=0.25 --method flexprefill --dry-run"
     )
 

@@ -147,6 +147,16 @@ def test_both_servers_get_the_same_words_and_one_report(
     assert "2.00×" in capsys.readouterr().out
 
 
+def test_a_benchmark_in_which_nothing_ran_sparse_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    Played(monkeypatch, [client_result(20.0, ["a", "b"]), client_result(10.0, ["a", "b"])])
+    monkeypatch.setattr(bench, "own_metrics", lambda url: {"sparse_calls": 0, "dense_calls": {"shorter than 4096 tokens": 8}, "density": None})
+    assert main([*WORDS, "--out", str(tmp_path / "r")]) == 0
+    assert "nothing ran sparse; this compares dense with dense" in capsys.readouterr().out
+    assert "nothing ran sparse" in (tmp_path / "r" / "report.md").read_text()
+
+
 def test_other_prompts_are_no_comparison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Played(monkeypatch, [client_result(20.0, ["a", "b"]), client_result(10.0, ["a", "c"], input_lens=[5, 8])])
     assert main([*WORDS, "--out", str(tmp_path / "r")]) == 2

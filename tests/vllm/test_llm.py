@@ -98,6 +98,8 @@ def test_methods_come_from_one_place(tmp_path: Any) -> None:
         LLM("nowhere", SPARSE, recipe=file)
     with pytest.raises(OptionError, match="did you mean 'streaming'"):
         LLM("nowhere", "streming")
+    with pytest.raises(OptionError, match="window_blocks must be"):
+        LLM("nowhere", "streaming:window_blocks=0")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from accel.patches.hosts.vllm.cpu_fixes import apply_cpu_fixes
 # before vLLM is imported, and with it torchvision
 apply_cpu_fixes()
 
+from accel.cli.options import parse_method  # noqa: E402
 from accel.evals.models import pretrained_path  # noqa: E402
 from accel.patches.hosts.vllm import compat  # noqa: E402
 from accel.patches.hosts.vllm.checks import prepare  # noqa: E402
@@ -22,13 +24,14 @@ from accel.recipe import Recipe  # noqa: E402
 from accel.stats import Stats  # noqa: E402
 
 compat.require_vllm()
+logger = logging.getLogger("accel")
 
 
 class LLM(compat.LLM):
     """`vllm.LLM` with methods in it.
 
-    method: a name, a method object, a `Recipe`, or a sequence of them. recipe: the same from a file. Exactly one of both, or neither for vLLM as it
-    is. options: vLLM's own. model: what vLLM takes, or an embedded transformers model (smollm2).
+    method: a name, with options as in `flexprefill:gamma=0.9` or without, a method object, a `Recipe`, or a sequence of them. recipe: the same from a
+    file. Exactly one of both, or neither for vLLM as it is. options: vLLM's own. model: what vLLM takes, or an embedded transformers model (smollm2).
     Raises UnsupportedError, with all reasons, before weights are loaded for what cannot work, and afterwards where a worker does not run the methods.
     """
 
@@ -38,10 +41,13 @@ class LLM(compat.LLM):
         self.methods = tuple(_methods(method, recipe))
         path = pretrained_path(model)
         super().__init__(path, **(prepare(path, self.methods, options) if self.methods else options))
-        reasons = why_not_served(self.reports(), [m.method_name() for m in self.methods]) if self.methods else []
+        reports = self.reports()
+        reasons = why_not_served(reports, [m.method_name() for m in self.methods]) if self.methods else []
         if reasons:
             self.llm_engine.engine_core.shutdown()
             raise UnsupportedError(f"the engine was built, and does not run {', '.join(m.method_name() for m in self.methods)}:", reasons)
+        for notice in dict.fromkeys(notice for report in reports for notice in report["notices"]):
+            logger.warning(notice)
 
     def reports(self) -> list[Report]:
         """What each worker says of itself, as plain values; none without methods."""
@@ -64,4 +70,5 @@ def _methods(method: str | Method | Recipe | Sequence[str | Method] | None, reci
         return list(Recipe.load(recipe).methods)
     if method is None:
         return []
-    return resolve(*([method] if isinstance(method, str | Method | Recipe) else method))
+    given = [method] if isinstance(method, str | Method | Recipe) else method
+    return resolve(*(parse_method(item) if isinstance(item, str) else item for item in given))

@@ -47,12 +47,15 @@ class AccelMiddleware:
         """Asks every worker before the server says that it has started; one that is dense, or silent, ends it."""
         client = scope["app"].state.engine_client
         names = [m.method_name() for m in read_options(client.vllm_config.additional_config)]
+        reports: list[Report | None] = []
         try:
-            reasons = why_not_served(await ask_workers(client), names)
+            reports = await ask_workers(client)
+            reasons = why_not_served(reports, names)
         except Exception as error:  # whatever keeps workers from answering, what they run is not known
             reasons = [f"the workers could not be asked: {type(error).__name__}: {error}"]
         if not reasons:
-            print(f"accel: every worker runs {', '.join(names)}", file=sys.stderr, flush=True)
+            notices = dict.fromkeys(notice for report in reports if report is not None for notice in report.get("notices", ()))
+            print("\naccel: ".join([f"accel: every worker runs {', '.join(names)}", *notices]), file=sys.stderr, flush=True)
             await self.app(scope, _watched(receive, client), send)
             return
         refused.extend(reasons)

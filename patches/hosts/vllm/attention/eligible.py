@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,7 @@ def group_of(builder: Any, *, is_ours: bool) -> Group | None:
         if found.rule.reason is None:
             layer.impl.accel = found
             note_chunks(engine, found.rule, config)
+    note_never_sparse(engine, [layer.rule for layer in layers if layer.rule.reason is None], config.model_config.max_model_len)
     scheduler, compilation = config.scheduler_config, config.compilation_config
     most = max(scheduler.max_num_seqs, compilation.max_cudagraph_capture_size or 0)
     return Group(layers, builder.device, most_rows=most, is_speculative=config.speculative_config is not None)
@@ -58,6 +60,17 @@ def note_chunks(engine: Engine, rule: LayerRule, config: Any) -> None:
         engine.notices.add(
             f"{rule.method.method_name()} plans the chunks that the scheduler cuts, up to {scheduler.max_num_batched_tokens} tokens and fewer beside "
             "other requests; enable_chunked_prefill=False plans prompts whole"
+        )
+
+
+def note_never_sparse(engine: Engine, rules: Sequence[LayerRule], longest: int) -> None:
+    """Tells the engine where no request of up to `longest` tokens would run sparse in layers that could."""
+    reasons = {(q_len, rule.why_dense(q_len, longest)) for rule in rules for q_len in (longest, 1)}
+    if reasons and all(reason is not None for _, reason in reasons):
+        whole = ", ".join(sorted(reason for q_len, reason in reasons if q_len > 1 and reason is not None))
+        engine.notices.add(
+            f"{rules[0].method.method_name()} runs nothing sparse here: even a prompt of max_model_len, {longest} tokens, stays dense ({whole}); "
+            "min_seq_len sets the length from which it does not"
         )
 
 

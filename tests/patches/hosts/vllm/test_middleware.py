@@ -65,6 +65,12 @@ def test_patched_workers_start_the_server(capsys: pytest.CaptureFixture[str]) ->
     assert "every worker runs streaming" in capsys.readouterr().err
 
 
+def test_what_workers_want_users_to_know_is_told_once_when_the_server_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    told = {**GOOD, "notices": ["streaming runs nothing sparse here"]}
+    assert "lifespan.startup.complete" in lifespan(client([told, told]))
+    assert capsys.readouterr().err.count("accel: streaming runs nothing sparse here") == 1
+
+
 @pytest.mark.parametrize(
     ("reports", "word"),
     [([GOOD, None], "worker 1 was not told"), ([], "no worker answered"), (RuntimeError("gone"), "could not be asked: RuntimeError: gone")],

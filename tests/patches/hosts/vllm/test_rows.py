@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import accel
 from accel.kernels.block_sparse import BlockPlan, ImplicitPlan
+from accel.patches.hosts.vllm.attention.eligible import note_never_sparse
 from accel.patches.hosts.vllm.attention.pages import PagePattern
 from accel.patches.hosts.vllm.attention.rows import Decoding, LayerRule, StepRows, count_decoding, decoding_of, split
 from accel.protocols import AttentionContext, AttentionStep, RunDense, SparseAttention
@@ -152,3 +154,16 @@ def test_decoding_counts_tiles_as_each_request_alone_would() -> None:
     # the prompt is counted where it is computed
     assert split(layer, mixed).reasons == Counter()
     assert count_decoding(replace(layer, reason="soft cap"), mixed) == (0, None, Counter())
+
+
+@pytest.mark.parametrize(
+    ("method", "longest", "is_told"),
+    [(FLEX, 4096, False), (FLEX, 32, True), (replace(FLEX, min_seq_len=4096), 2048, True), (POWER, FIRST, False), (accel.Dense(), 4096, True)],
+    ids=["sparse", "shorter than its own pattern", "below min_seq_len", "just long enough", "never"],
+)
+def test_an_engine_in_which_no_request_can_run_sparse_says_so(method: SparseAttention, longest: int, is_told: bool) -> None:
+    engine = SimpleNamespace(notices=set())
+    note_never_sparse(engine, [rule(method)], longest)
+    assert [f"{longest} tokens, stays dense" in notice for notice in engine.notices] == [True] * is_told
+    note_never_sparse(engine, [], longest)
+    assert len(engine.notices) == is_told

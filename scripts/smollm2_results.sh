@@ -1,9 +1,10 @@
 #!/bin/sh
 # The project's own results on its embedded language model: every text task, FlexPrefill at three shares of the attention, PowerAttention, and
 # controls at the density of the first, beside dense. `sh scripts/smollm2_results.sh [LENGTH SAMPLES]…`, such as `2k 8 4k 4 8k 2`, the default.
-# A run that was stopped goes on with the same call. Hours, on a CPU; runs/smollm2-LENGTH holds samples, tables and reports, and
-# `accel compare` what they say side by side.
+# A run that was stopped goes on with the same call. Hours, on a CPU; TASKS=needle,code runs fewer tasks. runs/smollm2-LENGTH holds samples,
+# tables and reports, and `accel compare` says what they show side by side.
 set -eu
+TASKS=${TASKS:-all}
 [ $# -gt 0 ] || set -- 2k 8 4k 4 8k 2
 FLEX=min_budget=256,min_seq_len=0
 while [ $# -gt 1 ]; do
@@ -11,7 +12,7 @@ while [ $# -gt 1 ]; do
     if [ -f "$out/config.yaml" ]; then
         accel run --out "$out" --resume --samples "$2"
     else
-        accel run --model smollm2 --tasks all --lengths "$1" --samples "$2" --out "$out" \
+        accel run --model smollm2 --tasks "$TASKS" --lengths "$1" --samples "$2" --out "$out" \
             --method flexprefill:gamma=0.95,$FLEX --method flexprefill:gamma=0.9,$FLEX --method flexprefill:gamma=0.8,$FLEX \
             --method powerattention:block_size=64,min_seq_len=0
     fi

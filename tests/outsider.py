@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+
+from accel import registry
 
 _METHOD = '''
 import os
@@ -56,3 +63,21 @@ def write_toy_package(folder: Path, *, module: str = "toy", name: str = "toy") -
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[accel.methods]\n{name} = {module}:Toy\n")
+
+
+@contextmanager
+def installed_toy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The toy package in `folder`, found by the registry of this process until the block ends."""
+    folder.mkdir()
+    write_toy_package(folder)
+    monkeypatch.syspath_prepend(folder)
+
+    def clear() -> None:
+        registry.method_names.cache_clear()
+        registry.method_class.cache_clear()
+        sys.modules.pop("toy", None)
+
+    clear()
+    yield
+    monkeypatch.undo()
+    clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from outsider import write_toy_package
+from outsider import installed_toy
 
 from accel import FlexPrefill, OptionError, Recipe, UnsupportedError, VFlowOpt, registry
 from accel.crossover import NEVER_TOKENS
@@ -27,19 +27,8 @@ pytest.importorskip("optuna")
 @pytest.fixture(autouse=True)
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "site"
-    folder.mkdir()
-    write_toy_package(folder)
-    monkeypatch.syspath_prepend(folder)
-
-    def clear() -> None:
-        registry.method_names.cache_clear()
-        registry.method_class.cache_clear()
-        sys.modules.pop("toy", None)
-
-    clear()
-    yield folder
-    monkeypatch.undo()
-    clear()
+    with installed_toy(folder, monkeypatch):
+        yield folder
 
 
 def search(folder: Path, trials: int, **changes: Any) -> TuneResult:

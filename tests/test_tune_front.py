@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from outsider import write_toy_package
+from outsider import installed_toy
 
-from accel import OptionError, Recipe, UnsupportedError, registry
+from accel import OptionError, Recipe, UnsupportedError
 from accel.protocols import Choice, Uniform
 from accel.tune_front import FrontResult, Measured, choose, parse_search, search_space, tune_front
 
@@ -22,20 +21,8 @@ DENSE = 0.9
 
 @pytest.fixture(autouse=True)
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    folder = tmp_path / "site"
-    folder.mkdir()
-    write_toy_package(folder)
-    monkeypatch.syspath_prepend(folder)
-
-    def clear() -> None:
-        registry.method_names.cache_clear()
-        registry.method_class.cache_clear()
-        sys.modules.pop("toy", None)
-
-    clear()
-    yield
-    monkeypatch.undo()
-    clear()
+    with installed_toy(tmp_path / "site", monkeypatch):
+        yield
 
 
 def reached(method: Any) -> Measured:

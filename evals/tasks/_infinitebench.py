@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,11 @@ CAVEAT = (
     "InfiniteBench's retrieval tasks have the published form and rule, wording of our own, and the lengths that were asked for, where the benchmark "
     "has 90 to 125 thousand tokens: compare methods with dense here, not with tables elsewhere."
 )
+
+
+def random_digits(rng: random.Random, n: int) -> str:
+    """n digits, a zero first as likely as another."""
+    return "".join(rng.choices(string.digits, k=n))
 
 
 def hidden_number(

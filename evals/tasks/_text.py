@@ -1,4 +1,4 @@
-"""Texts that every Python has: the prose of its help topics and the source of its library. They differ a little between Python versions."""
+"""Texts that tasks are made of: essays, which lie here, and Python's help topics and library, which differ a little between its versions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 
 from accel.errors import AccelError
 
+# one paragraph a line: prose of Ralph Waldo Emerson (1803-1882), in the public domain: The American Scholar (1837), Essays: First Series (1841) and
+# Representative Men (1850), without titles, verse and notes; some 170 thousand tokens
+ESSAYS = Path(__file__).with_name("emerson.txt")
 # large modules in plain Python, present in every supported version; the source is read, the module is never imported
 SOURCE_MODULES = (
     "argparse", "tarfile", "doctest", "optparse", "pickletools", "subprocess", "typing", "zipfile", "inspect", "ipaddress", "statistics", "fractions",
@@ -17,6 +20,12 @@ SOURCE_MODULES = (
 
 @cache
 def paragraphs() -> tuple[str, ...]:
+    """The paragraphs of the essays, in order."""
+    return tuple(ESSAYS.read_text(encoding="utf-8").splitlines())
+
+
+@cache
+def help_topics() -> tuple[str, ...]:
     """Paragraphs of prose from the help topics of pydoc, each on one line, without repeats, code and tables."""
     from pydoc_data.topics import topics
 
@@ -28,15 +37,13 @@ def paragraphs() -> tuple[str, ...]:
 @cache
 def sentences() -> tuple[str, ...]:
     """The sentences of `paragraphs`, in order."""
-    return tuple(s for p in paragraphs() for s in re.split(r"(?<=[.!?]) +(?=[A-Z])", p))
+    return tuple(s for p in paragraphs() for s in re.split(r"(?<=[.!?])(?<!Mr\.)(?<!Dr\.)(?<!St\.) +(?=[A-Z])", p))
 
 
 @cache
 def common_words() -> tuple[str, ...]:
-    """English words of 4 to 10 small letters in the help topics, sorted; names in code and hyphenated words are left out."""
-    from pydoc_data.topics import topics
-
-    return tuple(sorted(set(re.findall(r"(?<![\w.'`*-])[a-z]{4,10}(?![\w'`(*-])", "\n".join(topics[name] for name in sorted(topics))))))
+    """English words of 4 to 10 small letters in the essays, sorted; hyphenated words are left out."""
+    return tuple(sorted(set(re.findall(r"(?<![\w'`-])[a-z]{4,10}(?![\w'`-])", "\n".join(paragraphs())))))
 
 
 def source(module: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from accel.evals.tasks import Answer, Sample, Task
 from accel.evals.tasks._prompts import Piece, encode, encode_parts, filler, insert, opening, require_length, sample_rng
-from accel.evals.tasks._text import paragraphs
+from accel.evals.tasks._text import help_topics
 from accel.evals.tasks._words import KEYS
 
 DEPTHS = (0.08, 0.33, 0.58, 0.83)
@@ -36,7 +36,7 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     tail = [*tail_start, *(token for i in TAIL_ORDER for token in facts[i].ids)]
     n_fixed = len(head) + len(tail) + sum(len(fact.ids) for fact in facts)
     require_length("needle", n_tokens, 2 * n_fixed)
-    text = paragraphs()
+    text = help_topics()
     prose = filler(tokenizer, text, n_tokens - n_fixed, start=rng.randrange(len(text)), separator="\n\n")
     ids = [*insert([*head, *prose], [fact.ids for fact in facts], DEPTHS, n_tokens), *tail]
     answers = []

@@ -7,13 +7,13 @@ this one; 12 new tokens, or what the number needs. As published but for the word
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 from typing import Any
 
 from accel.evals.tasks import Sample, Task
-from accel.evals.tasks._infinitebench import CAVEAT, GROUP, NUMBER_TOKENS, hidden_number
+from accel.evals.tasks._infinitebench import CAVEAT, GROUP, NUMBER_TOKENS, hidden_number, random_digits
 
-N_DIGITS, N_RUNS = 10, 4
+# so many digits at random, and so many that repeat the one before them
+N_DIGITS, N_REPEATS = 5, 5
 
 
 def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
@@ -28,11 +28,11 @@ def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
 
 
 def number(rng: random.Random) -> str:
-    """Ten digits in four runs; neighbouring runs differ."""
-    cuts = [0, *sorted(rng.sample(range(1, N_DIGITS), N_RUNS - 1)), N_DIGITS]
-    digits = ""
-    for start, stop in pairwise(cuts):
-        digits += rng.choice([d for d in "0123456789" if not digits.endswith(d)]) * (stop - start)
+    """Ten digits: five at random, and five times one of them again beside itself."""
+    digits = random_digits(rng, N_DIGITS)
+    for _ in range(N_REPEATS):
+        at = rng.randrange(len(digits))
+        digits = digits[:at] + digits[at] + digits[at:]
     return digits
 
 

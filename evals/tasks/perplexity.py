@@ -1,6 +1,6 @@
 """Perplexity of prose by position: 16 stretches of 32 tokens, evenly spread over a prompt of exactly N tokens, the last at its end.
 
-Python's help topics from a random paragraph on, none of them twice; plain text without a chat template. The table by position shows where in the
+Essays from a random paragraph on, none of them twice; plain text without a chat template. The table by position shows where in the
 prompt a method begins to lose. Perplexity does not separate sparse methods from a sliding window (PG19, PowerAttention's paper): read it beside
 retrieval, never alone. Methods that drop cache entries do so before the first stretch, and all that follows is read behind what they left.
 """

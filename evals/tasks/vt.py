@@ -1,7 +1,7 @@
 """Variables that pass a value on: RULER's vt, one chain of four hops, five names to find.
 
 Names of five capital letters, a value of five digits, the assignments in order at random lines of one line that is repeated, and one solved example
-of some 500 tokens before. Parameters as published; wording and the repeated line are our own; 30 new tokens, or what five names need. The score is
+of some 500 tokens before, its names of three letters. Parameters as published; wording and the repeated line are our own; 30 new tokens, or what five names need. The score is
 the share of the names in the reply. Under teacher forcing they stand in the order of the chain.
 """
 
@@ -16,6 +16,7 @@ from accel.evals.tasks._prompts import chat_sample, sample_rng
 from accel.evals.tasks._ruler import CAVEAT, GROUP, NOISE, VT_TOKENS
 
 N_HOPS = 4
+N_LETTERS, N_EXAMPLE_LETTERS = 5, 3
 N_EXAMPLE_LINES = 10
 
 
@@ -26,8 +27,8 @@ def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
 
 def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     rng = sample_rng("vt", seed, index)
-    example_names, example_value, example_lines = _chain(rng, ())
-    names, value, lines = _chain(rng, example_names)
+    example_names, example_value, example_lines = _chain(rng, N_EXAMPLE_LETTERS)
+    names, value, lines = _chain(rng, N_LETTERS)
     example_depths, depths = (sorted(rng.random() for _ in lines) for _ in range(2))
     example = f"{_question(example_lines, example_depths, N_EXAMPLE_LINES, example_value)}\n{_reply(example_value)} {' '.join(example_names)}\n\n"
     return chat_sample(
@@ -37,12 +38,12 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     )  # fmt: skip
 
 
-def _chain(rng: random.Random, taken: tuple[str, ...] | list[str]) -> tuple[list[str], str, list[str]]:
+def _chain(rng: random.Random, n_letters: int) -> tuple[list[str], str, list[str]]:
     """(names, value, assignments): the first name gets the value, each later one the name before it."""
     names: list[str] = []
     while len(names) <= N_HOPS:
-        name = "".join(rng.choices(string.ascii_uppercase, k=5))
-        names += [name] if name not in (*names, *taken) else []
+        name = "".join(rng.choices(string.ascii_uppercase, k=n_letters))
+        names += [name] if name not in names else []
     value = str(rng.randrange(10_000, 100_000))
     return names, value, [f"VAR {name} = {f'VAR {names[i - 1]}' if i else value}" for i, name in enumerate(names)]
 

@@ -75,10 +75,14 @@ def test_one_number_is_told_twice_in_one_place(name: str, what: str, digits: int
         assert text.index(answer.text) / len(text) == pytest.approx(answer.depth, abs=0.04)
 
 
-def test_number_strings_are_four_runs_of_equal_digits() -> None:
+def test_number_strings_are_five_digits_of_which_some_are_repeated() -> None:
     rng = random.Random(0)
     found = [number(rng) for _ in range(200)]
-    assert all(len(n) == 10 and len(list(itertools.groupby(n))) == 4 for n in found)
+    runs = [len(list(itertools.groupby(n))) for n in found]
+    assert all(len(n) == 10 and n.isdigit() for n in found)
+    assert max(runs) == 5, "a digit is repeated beside itself"
+    # two of five digits in a row are equal one time in ten
+    assert runs.count(5) > 100
     assert len(set(found)) > 190
 
 

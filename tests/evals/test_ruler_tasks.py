@@ -168,12 +168,13 @@ def test_one_chain_of_four_hops_leads_to_the_five_answers(tokenizer: Any) -> Non
     for sample in made("vt", tokenizer, 12001):
         prompt = prompt_of(tokenizer, sample)
         example, question = prompt.split("Follow the variables in the text below.")[1:]
-        for part, given in ((example, re.findall(r"[A-Z]{5}", example.split(":")[-1])), (question, [a.text for a in sample.answers])):
+        solved = re.findall(r"[A-Z]{3}", example.split(":")[-1])
+        for part, given, n_letters in ((example, solved, 3), (question, [a.text for a in sample.answers], 5)):
             asked = re.findall(r"have the value (\d{5}) in the text above\?", part)
-            links = re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)\.", part)
+            links = re.findall(r"VAR ([A-Z]+) = (?:VAR )?(\w+)\.", part)
             assert [source for _, source in links] == [asked[0], *(name for name, _ in links[:-1])], "each takes the value of the one before"
             assert given == [name for name, _ in links]
-            assert len(links) == 5
+            assert [len(name) for name, _ in links] == [n_letters] * 5
         assert question.endswith(f"</user><assistant>By the assignments in the text above, 5 variables have the value {asked[0]}:")
         # names of the question are nowhere but in the assignments: the reply is not given away
         assert prompt.count(sample.answers[-1].text) == 1
@@ -217,11 +218,13 @@ def test_prompts_are_short_below_4096_tokens(tokenizer: Any) -> None:
         load_text_task("cwe").samples(tokenizer, 4096, 1, 0)
 
 
-def test_no_reply_can_name_a_word_by_naming_another(tokenizer: Any) -> None:
+def test_no_reply_can_name_a_word_by_naming_another(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     words = cwe.english_words()
-    assert len(words) > 1500
+    assert len(words) > 5000
     assert not [(a, b) for a in words[::7] for b in words if a != b and a in b]
-    [sample] = made("cwe", tokenizer, 100_001, n=1)
+    words = words[::20]
+    monkeypatch.setattr(cwe, "english_words", lambda: words)
+    [sample] = made("cwe", tokenizer, 30_001, n=1)
     rest = set(listed(prompt_of(tokenizer, sample).split("Below is a list of words.")[2].split("Which 10")[0])) - {a.text for a in sample.answers}
     assert rest - set(words), "the English words end before this length, and made-up ones follow"
     assert not [word for word in rest for a in sample.answers if a.text in word]

@@ -96,7 +96,7 @@ def config_of(folder: str, name: str, *methods: Any) -> SimpleNamespace:
 
     return SimpleNamespace(
         additional_config=engine_options(methods, {}, None)["additional_config"] if methods else {}, instance_id=name, speculative_config=None,
-        model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(folder), dtype=torch.float32),
+        model_config=SimpleNamespace(hf_config=AutoConfig.from_pretrained(folder), dtype=torch.float32, max_model_len=4096),
         compilation_config=SimpleNamespace(static_forward_context={}, max_cudagraph_capture_size=None),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
     )  # fmt: skip

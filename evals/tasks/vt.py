@@ -1,8 +1,8 @@
 """Variables that pass a value on: RULER's vt, one chain of four hops, five names to find.
 
 Names of five capital letters, a value of five digits, the assignments in order at random lines of one line that is repeated, and one solved example
-of some 500 tokens before, its names of three letters. Parameters as published; wording and the repeated line are our own; 30 new tokens, or what five names need. The score is
-the share of the names in the reply. Under teacher forcing they stand in the order of the chain.
+of some 500 tokens before, its names of three letters. Parameters as published; wording and the repeated line are our own; 30 new tokens, or what
+five names need. The score is the share of the names in the reply. Under teacher forcing they stand in the order of the chain.
 """
 
 from __future__ import annotations

@@ -1,29 +1,12 @@
-"""The part of a report about decoders whose caches methods compress: differences to the controls, scores against bytes, the cache benchmark."""
+"""The part of a report about decoders whose caches methods compress: scores against bytes, the cache benchmark."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from accel.evals import plots
 from accel.evals.plots import short_length
 from accel.evals.report_sections import Figure, Row, Table, kibibytes, percent
-
-
-def paired_table(paired: Sequence[Row]) -> Table:
-    """One row per method and what it is compared to. paired: of `cache_summary.paired_caches`."""
-    rows = [
-        [row["task"], short_length(row["tokens"]), f"{row['label']} − {row['other']}", _signed(row["score"]), _signed(row["log_prob"]),
-         str(row["score"]["n"]), _bytes(row["bytes"])]
-        for row in paired
-    ]  # fmt: skip
-    return Table(
-        ["task", "tokens", "difference", "score", "log-prob", "prompts", "cache"],
-        rows,
-        text_columns=(0, 2),
-        group_starts=frozenset(i for i in range(1, len(paired)) if _place(paired[i]) != _place(paired[i - 1])),
-        caption="Prompt by prompt, ± standard error over prompts; within two of them it is noise. Cache: how many bytes more the method held.",
-    )
 
 
 def bench_table(rows: Sequence[Row]) -> Table:
@@ -78,20 +61,3 @@ def series_of(score: Row) -> str:
             kept = ", ".join(f"{option}={value}" for option, value in options.items() if option not in ("keep", "seed"))
             names.append(f"{name}({kept})" if kept else name)
     return " + ".join(names) or str(score["label"])
-
-
-def _place(row: Row) -> tuple[Any, ...]:
-    return row["task"], row["tokens"], row["label"]
-
-
-def _signed(estimate: Row | None) -> str:
-    if estimate is None:
-        return "–"
-    value = f"{estimate['value']:+.2f}".replace("-", "−")
-    return value if estimate["stderr"] is None else f"{value} ± {estimate['stderr']:.2f}"
-
-
-def _bytes(n: float | None) -> str:
-    if n is None:
-        return "–"
-    return "0" if abs(n) < 1 else f"{'+' if n > 0 else '−'}{kibibytes(abs(n))}"

@@ -8,7 +8,7 @@ from typing import Any
 from accel.evals import plots, plots_grids
 from accel.evals.fronts import CLEAN
 from accel.evals.plots import short_length
-from accel.evals.report_sections import Figure, Row, Section, Table, milliseconds, number, ratio
+from accel.evals.report_sections import Figure, Row, Section, Table, kibibytes, milliseconds, number, ratio
 from accel.evals.significance import FEWEST_UNITS, describe_p
 
 TIMES = {"ttft_ms": "time to first token", "prefill_ms": "prefill while it was scored"}
@@ -20,8 +20,9 @@ _HOW_COMPARED = (
     "First minus second on the same prompts; “all”: over every task and length, prompts made from one draw counted once. Better : worse: prompts on "
     "which the first scored above, and below, the second; only these tell anything. p: how often a difference as large, in either direction, would "
     "be seen if there were none; exact McNemar test where a prompt is one hit or miss, otherwise over all ways to flip the signs of whole prompts. "
-    f"Interval: paired bootstrap over prompts, from {FEWEST_UNITS} of them on."
+    f"Interval: paired bootstrap over prompts, from {FEWEST_UNITS} of them on. Log-prob: the difference in nats ± s.e., where the score is another."
 )
+_BYTES = "Cache: how many bytes more the first held at its peak, where neither holds a whole one."
 
 
 def comparison_sections(result: Mapping[str, Any]) -> list[Section]:
@@ -43,18 +44,20 @@ def comparison_sections(result: Mapping[str, Any]) -> list[Section]:
 def comparison_table(rows: Sequence[Row]) -> Table:
     """One row per comparison. rows: of `significance.compared`."""
     starts = frozenset(i for i in range(len(rows)) if not i or _pair(rows[i]) != _pair(rows[i - 1]))
+    has_bytes = any(row["bytes"] is not None for row in rows)
     cells = [
         [*(_pair(row) if i in starts else ("", "")), _task(row), _length(row), _difference(row), _interval(row),
-         f"{row['better']} : {row['worse']}", str(row["n"]), row["test"], describe_p(row)]
+         f"{row['better']} : {row['worse']}", str(row["n"]), row["test"], describe_p(row), _log_prob(row), *([_bytes(row)] if has_bytes else [])]
         for i, row in enumerate(rows)
     ]  # fmt: skip
     units = "/".join(dict.fromkeys(row["unit"] for row in rows))
     return Table(
-        ["method", "against", "task", "tokens", "difference ± s.e.", "95 % interval", "better : worse", units, "test", "p"],
+        ["method", "against", "task", "tokens", "difference ± s.e.", "95 % interval", "better : worse", units, "test", "p", "log-prob",
+         *(["cache"] if has_bytes else [])],
         cells,
         text_columns=(0, 1, 2, 8),
         group_starts=starts - {0},
-        caption=f"{_HOW_COMPARED} {_count(rows)}",
+        caption=" ".join(filter(None, [_HOW_COMPARED, _BYTES if has_bytes else "", _count(rows)])),
     )
 
 
@@ -172,6 +175,21 @@ def _difference(row: Row) -> str:
     value = _signed(row["difference"])
     error = "" if not row["stderr"] else f" ± {row['stderr']:.3f}"
     return f"{value}{error}{' nats' if row['metric'] == 'log_prob' else ''}"
+
+
+def _log_prob(row: Row) -> str:
+    found = row["log_prob"]
+    if found is None:
+        return "–"
+    error = "" if not found["stderr"] else f" ± {found['stderr']:.2f}"
+    return f"{found['value']:+.2f}".replace("-", "−") + error
+
+
+def _bytes(row: Row) -> str:
+    n = row["bytes"]
+    if n is None:
+        return "–"
+    return "0" if abs(n) < 1 else f"{'+' if n > 0 else '−'}{kibibytes(abs(n))}"
 
 
 def _interval(row: Row) -> str:

@@ -157,12 +157,9 @@ def _answer_cell(answer: Row | None, expected: str) -> str:
 
 
 def _accuracy_sections(result: Mapping[str, Any]) -> list[Section]:
-    from accel.evals.report_cache import paired_table
-
     found = []
     if result.get("scores"):
-        paired = result.get("cache_paired")
-        found.append(Section("accuracy", "Accuracy", tables=[accuracy_table(result["scores"]), *([paired_table(paired)] if paired else [])]))
+        found.append(Section("accuracy", "Accuracy", tables=[accuracy_table(result["scores"])]))
     if result.get("answers"):
         found.append(Section("answers", "Answers", tables=[answer_table(result["answers"])]))
     return found

@@ -9,6 +9,7 @@ with no effect its sign could as well be the other one (a permutation test, whic
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,9 @@ def paired_test(pairs: Sequence[tuple[SampleRecord, SampleRecord]], *, is_log_pr
     """The difference of two labels on the same prompts, first minus second, and how likely one as large is by chance.
 
     metric: "score", or "log_prob" (nats, a mean over answers). difference, stderr: over units. interval: 95 %, paired bootstrap over units; None
-    below `FEWEST_UNITS`. n: units; better, worse: those on which the first is above or below the second. test, p: two-sided; 1 where none differs.
+    below `FEWEST_UNITS`. log_prob: mean and standard error of its difference where that is not the metric, else None. bytes: the mean difference of
+    the most bytes that their caches held, None where one held a whole one. n: units; better, worse: those on which the first is above or below the
+    second. test, p: two-sided; 1 where none differs.
     """
     values = [_value(a, is_log_prob) - _value(b, is_log_prob) for a, b in pairs]
     groups = [unit_of(a) for a, _ in pairs]
@@ -84,9 +87,20 @@ def paired_test(pairs: Sequence[tuple[SampleRecord, SampleRecord]], *, is_log_pr
     return {
         "metric": "log_prob" if is_log_prob else "score", "difference": found.value, "stderr": found.stderr,
         "interval": bootstrap(values, groups) if len(sums) >= FEWEST_UNITS else None,
+        "log_prob": None if is_log_prob else _log_prob_difference(pairs), "bytes": _bytes_difference(pairs),
         "unit": "prompts" if pairs[0][0].picture_hash is None else "pictures", "n": len(sums), "better": better, "worse": worse,
         "test": MCNEMAR if is_single else SIGNS, "p": _mcnemar(better, worse) if is_single else _sign_flips(sums),
     }  # fmt: skip
+
+
+def _log_prob_difference(pairs: Sequence[tuple[SampleRecord, SampleRecord]]) -> dict[str, Any] | None:
+    known = [(a.log_prob - b.log_prob, unit_of(a)) for a, b in pairs if a.log_prob is not None and b.log_prob is not None]
+    return clustered([d for d, _ in known], [unit for _, unit in known]).as_dict() if known else None
+
+
+def _bytes_difference(pairs: Sequence[tuple[SampleRecord, SampleRecord]]) -> float | None:
+    sizes = [a.cache["peak_bytes"] - b.cache["peak_bytes"] for a, b in pairs if a.cache is not None and b.cache is not None]
+    return statistics.fmean(sizes) if sizes else None
 
 
 def unit_of(record: SampleRecord) -> str:

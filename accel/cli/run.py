@@ -296,7 +296,7 @@ def _finish(
     settings: Mapping[str, Any], notices: Sequence[str], *, dtype_reason: str,
 ) -> int:  # fmt: skip
     """Writes the result and the reports and prints the tables; 0 when all wanted samples are there."""
-    from accel.evals.cache_summary import cache_notices, paired_caches
+    from accel.evals.cache_summary import cache_notices
     from accel.evals.drawn_summary import summarise_drawn
     from accel.evals.run_summary import summarise_run
     from accel.evals.runner import head_rows, rows_of
@@ -308,7 +308,7 @@ def _finish(
     told = [*notices, *cache_notices(folder.config, rows)]
     if plain := dict.fromkeys(record.task for record in done if record.has_template is False):
         told.append(f"{loaded.name} has no chat template: the prompts of {', '.join(plain)} are plain text.")
-    extra = {"answers": answer_rows(done), "notices": told, **paired_caches(done, planned), **_pictures(loaded, done, variants, planned)}
+    extra = {"answers": answer_rows(done), "notices": told, **_pictures(loaded, done, variants, planned)}
     extra |= summarise_drawn(loaded, done, planned)
     shares_prefill = bool(folder.config.get("shared_prefill"))
     extra |= summarise_run(done, rows, list(variants), planned, extra.get("gates", []), shares_prefill=shares_prefill)
@@ -440,7 +440,6 @@ def _report(
 def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
     """The tables on stdout: text first, then pictures."""
     from accel.cli.table import print_table
-    from accel.evals.report_cache import paired_table
     from accel.evals.report_comparisons import comparison_table
     from accel.evals.report_drawn import drawn_sections
     from accel.evals.report_pictures import gate_table, headline, keep_table, savings_table, text_scores
@@ -449,10 +448,9 @@ def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
 
     scores = text_scores({"scores": rows})
     tables = [accuracy_table(scores)] if scores else []
-    tables += [paired_table(extra["cache_paired"])] if extra.get("cache_paired") else []
-    # the report has those with the controls as well
-    beside_dense = [row for row in extra.get("comparisons", []) if row["other"] == BASELINE]
-    tables += [comparison_table(beside_dense)] if beside_dense else []
+    # the report has all of those with controls; equal bytes of a cache say nothing without them
+    told = [row for row in extra.get("comparisons", []) if row["other"] == BASELINE or row["bytes"] is not None]
+    tables += [comparison_table(told)] if told else []
     tables += [table for section in drawn_sections(extra) for table in section.tables]
     if extra.get("gates"):
         tables.append(gate_table(extra["gates"]))

@@ -9,13 +9,15 @@ import pytest
 from tiny_llama import byte_tokenizer, tiny_model
 
 from accel.errors import AccelError
-from accel.evals.cache_summary import ASKED_APART, cache_notices, cache_settings, paired_caches
+from accel.evals.cache_summary import ASKED_APART, cache_notices, cache_settings
 from accel.evals.controls import plan_controls, swept
 from accel.evals.models import LoadedModel
-from accel.evals.report_cache import cache_figures, paired_table, series_of
+from accel.evals.report_cache import cache_figures, series_of
+from accel.evals.report_comparisons import comparison_table
 from accel.evals.report_sections import accuracy_table
 from accel.evals.results import RunFolder
 from accel.evals.runner import run_accuracy
+from accel.evals.significance import compared, planned_pairs
 from accel.registry import build
 
 TOKENS = 1024
@@ -116,7 +118,7 @@ def test_tables_without_compressed_caches_have_no_bytes() -> None:
 
 def test_differences_are_taken_prompt_by_prompt(finished: tuple[RunFolder, list[dict[str, Any]]]) -> None:
     folder, _ = finished
-    paired = paired_caches(folder.records, plan_controls(CONTROLS, variants()))["cache_paired"]
+    paired = compared(folder.records, planned_pairs(variants(), plan_controls(CONTROLS, variants())))
     mine = [row for row in paired if (row["task"], row["label"]) == ("needle", "snapkv(keep=0.2, every=16)")]
     assert [row["other"] for row in mine] == ["dense", "random_kv (keep 0.2, every 16)", "streaming_kv (keep 0.2, every 16)"]
     records = {(r.label, r.sample): r for r in folder.records if r.task == "needle"}
@@ -124,11 +126,12 @@ def test_differences_are_taken_prompt_by_prompt(finished: tuple[RunFolder, list[
         differences = [records[row["label"], i].log_prob - records[row["other"], i].log_prob for i in range(2)]  # type: ignore[operator]
         assert row["log_prob"]["value"] == pytest.approx(sum(differences) / 2)
         assert row["log_prob"]["stderr"] == pytest.approx(abs(differences[0] - differences[1]) / 2)
-        assert row["score"]["n"] == 2
+        assert row["n"] == 2
     assert mine[0]["bytes"] is None
     assert abs(mine[1]["bytes"]) < 64 * 1024
-    assert len(paired_table(paired).rows) == len(paired)
-    assert paired_caches([r for r in folder.records if r.label == "dense"], []) == {}
+    table = comparison_table(paired)
+    assert (table.headers[-2:], len(table.rows)) == (["log-prob", "cache"], len(paired))
+    assert comparison_table([row for row in paired if row["other"] == "dense"]).headers[-1] == "log-prob", "a whole cache has no budget"
 
 
 def test_a_run_is_not_mixed_of_two_ways_of_scoring(tmp_path: Path) -> None:

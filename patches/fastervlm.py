@@ -26,7 +26,6 @@ _LARGE_UNIT = 1024
 class FasterVLM(ScopedPruning):
     """Keeps the visual tokens with the most attention from [CLS], or from all patches, in front of the language model. No training.
 
-    keep, budget_scope, newline, min_tokens: how many stay, of what, and with which newlines.
     score: attention of the [CLS] query ("cls") or received from all patches ("received"); "auto" takes "cls" where the encoder has it.
     head_reduce: how the heads of the scoring layer are joined.
     scoring_layer: encoder layer; None for the one whose output is the feature.

@@ -25,7 +25,8 @@ class PowerAttention(SparseAttention):
     is_adapted: whether the model was trained with this mask. False keeps 2 layers of 7 dense and decodes densely, and quality still
         suffers (sparse-attention.md §3.1); True makes every layer sparse, in prefill and decode.
     full_layers, apply_to: override those two consequences. "2/7", "none" or layer indices; "prefill", "decode" or "both".
-    window_blocks: own block included. max_power: no distance beyond 2^max_power blocks; None for no bound.
+    block_size: tokens. sink_blocks: first blocks that are read. window_blocks: own block included. max_power: no distance beyond 2^max_power
+        blocks; None for no bound.
     min_seq_len: from so many keys on, prefill and decode are sparse. 0 gives an adapted model its own mask at every length.
     The cache cannot shrink: every old block becomes a power-of-two neighbour again.
     """

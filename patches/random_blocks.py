@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class RandomBlocks(SparseAttention):
     """Each head and block of queries reads its own block, the first one and random others. Prefill only.
 
+    block_size: tokens.
     density: share of a head's causal tiles, own and first blocks included, met to the nearest tile; those two are the lower bound.
     seed: with the layer and the lengths of a sequence it fixes the choice. A prompt in chunks draws per chunk.
     """

@@ -18,7 +18,6 @@ from accel.protocols import Keep, PruningContext, Unit
 class RandomTokens(ScopedPruning):
     """Keeps random visual tokens, as many as a ranking would, in front of the language model.
 
-    keep, budget_scope, newline, min_tokens: how many stay, of what, and with which newlines.
     seed: with the sizes of a sequence's images it fixes the draw, whatever else is in the batch.
     """
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Streaming(SparseAttention):
     """Each block of queries reads the first `sink_blocks` key blocks and the last `window_blocks`, its own included. Prefill only.
 
+    block_size: tokens.
     density: instead of `window_blocks`, the share of the causal tiles to come closest to, for tables at equal cost. The smallest pattern,
         sinks and own block, is the lower bound; each sequence of a batch gets its own window.
     """

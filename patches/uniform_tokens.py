@@ -14,7 +14,6 @@ from accel.protocols import Keep, PruningContext
 class UniformTokens(ProjectorPruning):
     """Keeps every so many-th visual token of each unit, row after row, in front of the language model.
 
-    keep, newline, min_tokens: how many stay of each unit (tile, image or frame), and with which newlines.
     Of N tokens of a unit, T stay: those at ⌊(i + ½) · N / T⌋.
     """
 

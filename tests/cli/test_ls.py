@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import re
 import sys
 import types
 
 import pytest
 
 from accel.cli import ls
-from accel.registry import method_names
+from accel.errors import OptionError
+from accel.registry import build, method_names
 
 
-def show(capsys: pytest.CaptureFixture[str], *, as_json: bool) -> str:
-    assert ls.main(argparse.Namespace(json=as_json)) == 0
+def show(capsys: pytest.CaptureFixture[str], *methods: str, as_json: bool = False, notes: bool = False) -> str:
+    assert ls.main(argparse.Namespace(json=as_json, methods=methods, notes=notes)) == 0
     return capsys.readouterr().out
 
 
@@ -30,7 +33,7 @@ def test_every_method_has_a_row_and_says_what_it_does(capsys: pytest.CaptureFixt
 
 
 def test_text_names_methods_hosts_and_training(capsys: pytest.CaptureFixture[str]) -> None:
-    text = show(capsys, as_json=False)
+    text = show(capsys)
     assert [line.split()[0] for line in text.splitlines()[2 : 2 + len(method_names())]] == method_names()
     assert "transformers" in text.splitlines()[0]
     assert "powerattention: quality depends on adapting" in text
@@ -38,8 +41,6 @@ def test_text_names_methods_hosts_and_training(capsys: pytest.CaptureFixture[str
 
 def test_what_a_method_wants_to_be_measured_is_listed_and_not_reported_twice(capsys: pytest.CaptureFixture[str]) -> None:
     from next_scale import INFO
-
-    from accel.registry import build
 
     [row] = [row for row in json.loads(show(capsys, as_json=True))["methods"] if row["name"] == "hack"]
     assert "with profile=FILE: `accel tune hack" in row["needs_training"]
@@ -54,13 +55,36 @@ def test_notes_of_a_host_are_shown(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     notes.__spec__ = ls.importlib.util.spec_from_loader(notes.__name__, loader=None)
     monkeypatch.setitem(sys.modules, notes.__name__, notes)
     assert json.loads(show(capsys, as_json=True))["notes"]["transformers"] == {"FSDP": "never tried"}
-    text = show(capsys, as_json=False)
-    assert "On transformers\n  FSDP: never tried" in text
+    assert "On transformers\n  FSDP: never tried" in show(capsys, notes=True)
+    assert "FSDP" not in show(capsys)
 
 
 def test_refusal_of_a_host_is_shown_with_its_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     row = ls.MethodRow("toy", "kv_compression", "Forgets.", None, {"transformers": ["no such cache", "nor head"]})
-    monkeypatch.setattr(ls, "method_rows", lambda: [row])
-    text = show(capsys, as_json=False)
-    assert text.splitlines()[2].split() == ["toy", "kv", "compression", "no", "none"]
-    assert "toy on transformers: no such cache; nor head" in text
+    monkeypatch.setattr(ls, "method_rows", lambda names: [row])
+    assert show(capsys).splitlines()[2].split() == ["toy", "kv", "compression", "no", "none"]
+    assert "  on transformers: no such cache; nor head\n" in show(capsys, "toy")
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_method_tells_each_of_its_options_and_the_default(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    [row] = json.loads(show(capsys, name, as_json=True))["methods"]
+    assert row["name"] == name
+    told = " ".join(row["text"])
+    assert not [option for option in row["defaults"] if not re.search(rf"\b{option}\b", told)]
+    assert not [text for text in row["text"] if "Base of" in text], "what a base says of itself is for those who write methods"
+    text = show(capsys, name)
+    defaults = text.split("  defaults: ")[1].split("  training: ")[0].split()
+    assert " ".join(defaults) == ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(build(name)) if field.init)
+
+
+def test_an_option_is_told_by_the_class_that_is_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    told = [line.strip() for line in show(capsys, "hack").splitlines()]
+    [keep] = [line for line in told if line.startswith("keep: ")]
+    assert "as a mean (1 − ρ)" in keep
+    assert sum(line.startswith("every: ") for line in told) == 1, "of its base"
+
+
+def test_an_unknown_method_is_named_with_those_there_are() -> None:
+    with pytest.raises(OptionError, match=r"no method is called 'flexprefil'.*flexprefill"):
+        ls.method_rows(["flexprefil"])

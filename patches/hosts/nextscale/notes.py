@@ -1,4 +1,4 @@
-"""Combinations that users ask about, and how far each was tried. `accel ls` prints this."""
+"""Combinations that users ask about, and how far each was tried. `accel ls --notes` prints this."""
 
 from __future__ import annotations
 

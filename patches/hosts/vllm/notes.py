@@ -1,4 +1,4 @@
-"""What was tried with vLLM and what was not. `accel ls` prints this."""
+"""What was tried with vLLM and what was not. `accel ls --notes` prints this."""
 
 from __future__ import annotations
 

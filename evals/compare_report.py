@@ -10,6 +10,7 @@ from typing import Any
 
 from accel.evals.report import render_html, render_markdown
 from accel.evals.report_comparisons import comparison_table, front_table
+from accel.evals.report_overview import overview_table
 from accel.evals.report_pictures import text_scores
 from accel.evals.report_sections import METRIC_TITLES, Row, Section, Table, accuracy_table, latency_table, number
 
@@ -40,6 +41,7 @@ def titled_tables(result: Mapping[str, Any]) -> list[tuple[str, Table]]:
     found = [("Folders", source_table(result["sources"]))]
     if scores := text_scores(result):
         found.append(("Scores", accuracy_table(scores)))
+        found += [("Scores of all tasks", overview)] if (overview := overview_table(scores)) else []
     if result["comparisons"]:
         found.append(("Differences, prompt by prompt", comparison_table(result["comparisons"])))
     for metric, title in METRIC_TITLES.items():

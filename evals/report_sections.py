@@ -157,9 +157,12 @@ def _answer_cell(answer: Row | None, expected: str) -> str:
 
 
 def _accuracy_sections(result: Mapping[str, Any]) -> list[Section]:
+    from accel.evals.report_overview import overview_table
+
     found = []
     if result.get("scores"):
-        found.append(Section("accuracy", "Accuracy", tables=[accuracy_table(result["scores"])]))
+        overview = overview_table(result["scores"])
+        found.append(Section("accuracy", "Accuracy", tables=[*([overview] if overview else []), accuracy_table(result["scores"])]))
     if result.get("answers"):
         found.append(Section("answers", "Answers", tables=[answer_table(result["answers"])]))
     return found

@@ -442,12 +442,14 @@ def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
     from accel.cli.table import print_table
     from accel.evals.report_comparisons import comparison_table
     from accel.evals.report_drawn import drawn_sections
+    from accel.evals.report_overview import overview_table
     from accel.evals.report_pictures import gate_table, headline, keep_table, savings_table, text_scores
     from accel.evals.report_sections import accuracy_table
     from accel.evals.summary import BASELINE
 
     scores = text_scores({"scores": rows})
     tables = [accuracy_table(scores)] if scores else []
+    tables += [overview] if (overview := overview_table(scores)) else []
     # the report has all of those with controls; equal bytes of a cache say nothing without them
     told = [row for row in extra.get("comparisons", []) if row["other"] == BASELINE or row["bytes"] is not None]
     tables += [comparison_table(told)] if told else []

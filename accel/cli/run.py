@@ -221,8 +221,7 @@ def _run(
 ) -> int:  # fmt: skip
     """Measures what is missing, shared out among the processes of a launcher; the first of them puts it together and reports."""
     from accel.cli.bench import check_variants
-    from accel.evals.cache_summary import cache_settings
-    from accel.evals.controls import plan_controls, reference_label
+    from accel.evals.controls import plan_controls
     from accel.evals.models import load_model, reads_ahead
     from accel.evals.parallel import join_team, launcher_trap
     from accel.evals.report import require_packages
@@ -236,16 +235,7 @@ def _run(
         tell(f"accel: {trap}")
     device = team.device(settings["device"])
     dtype, reason = choose_dtype(settings["dtype"], device)
-    plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in variants.items()}
-    config = {
-        "command": "run", **{key: settings[key] for key in ("model", "device", "seed", "samples")}, "dtype": dtype, "tasks": list(tasks),
-        # through JSON: YAML files hold no tuples
-        "lengths": list(lengths), "controls": list(controls), "reference": reference_label(variants), "methods": json.loads(json.dumps(plain)),
-        **({"keeps": parse_keeps(settings["keeps"])} if settings["keeps"] else {}), **cache_settings(variants, tasks, settings),
-        **{key: settings[key] for key in ("threads", "batch_size", "warmup") if settings[key] != DEFAULTS[key]},
-    }  # fmt: skip
-    if files := {label: found for label, methods in variants.items() if (found := by_content(methods)) != plain[label]}:
-        config["files"] = json.loads(json.dumps(files))
+    config = _config(variants, tasks, lengths, controls, settings, dtype=dtype)
     changes = _changes(earlier, config, settings)
     # what is wrong without the model is told before it is loaded, and what is wrong with it before a folder is made
     if settings["out"]:
@@ -289,6 +279,27 @@ def _run(
         if settings["batch_size"] > 1:
             notices.append(f"Prompts were read in batches of {settings['batch_size']}: prefill times, memory and densities are those of a batch.")
         return _finish(loaded, folder, wanted, planned, variants, settings, notices, dtype_reason=reason)
+
+
+def _config(
+    variants: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], controls: Sequence[str], settings: Mapping[str, Any], *,
+    dtype: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What a run folder keeps, so that it can be repeated, and refuses to be resumed with anything else."""
+    from accel.evals.cache_summary import cache_settings
+    from accel.evals.controls import reference_label
+
+    plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in variants.items()}
+    config: dict[str, Any] = {
+        "command": "run", **{key: settings[key] for key in ("model", "device", "seed", "samples")}, "dtype": dtype, "tasks": list(tasks),
+        # through JSON: YAML files hold no tuples
+        "lengths": list(lengths), "controls": list(controls), "reference": reference_label(variants), "methods": json.loads(json.dumps(plain)),
+        **({"keeps": parse_keeps(settings["keeps"])} if settings["keeps"] else {}), **cache_settings(variants, tasks, settings),
+        **{key: settings[key] for key in ("threads", "batch_size", "warmup") if settings[key] != DEFAULTS[key]},
+    }  # fmt: skip
+    if files := {label: found for label, methods in variants.items() if (found := by_content(methods)) != plain[label]}:
+        config["files"] = json.loads(json.dumps(files))
+    return config
 
 
 def _finish(

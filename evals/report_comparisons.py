@@ -20,8 +20,9 @@ _HOW_COMPARED = (
     "First minus second on the same prompts; “all”: over every task and length, prompts made from one draw counted once. Better : worse: prompts on "
     "which the first scored above, and below, the second; only these tell anything. p: how often a difference as large, in either direction, would "
     "be seen if there were none; exact McNemar test where a prompt is one hit or miss, otherwise over all ways to flip the signs of whole prompts. "
-    f"Interval: paired bootstrap over prompts, from {FEWEST_UNITS} of them on. Log-prob: the difference in nats ± s.e., where the score is another."
+    f"Interval: paired bootstrap over prompts, from {FEWEST_UNITS} of them on."
 )
+_LOG_PROBS = "Log-prob: the difference in nats ± s.e., where the score is another."
 _BYTES = "Cache: how many bytes more the first held at its peak, where neither holds a whole one."
 
 
@@ -44,20 +45,21 @@ def comparison_sections(result: Mapping[str, Any]) -> list[Section]:
 def comparison_table(rows: Sequence[Row]) -> Table:
     """One row per comparison. rows: of `significance.compared`."""
     starts = frozenset(i for i in range(len(rows)) if not i or _pair(rows[i]) != _pair(rows[i - 1]))
-    has_bytes = any(row["bytes"] is not None for row in rows)
+    has_log_probs, has_bytes = (any(row[name] is not None for row in rows) for name in ("log_prob", "bytes"))
     cells = [
         [*(_pair(row) if i in starts else ("", "")), _task(row), _length(row), _difference(row), _interval(row),
-         f"{row['better']} : {row['worse']}", str(row["n"]), row["test"], describe_p(row), _log_prob(row), *([_bytes(row)] if has_bytes else [])]
+         f"{row['better']} : {row['worse']}", str(row["n"]), row["test"], describe_p(row), *([_log_prob(row)] if has_log_probs else []),
+         *([_bytes(row)] if has_bytes else [])]
         for i, row in enumerate(rows)
     ]  # fmt: skip
     units = "/".join(dict.fromkeys(row["unit"] for row in rows))
     return Table(
-        ["method", "against", "task", "tokens", "difference ± s.e.", "95 % interval", "better : worse", units, "test", "p", "log-prob",
-         *(["cache"] if has_bytes else [])],
+        ["method", "against", "task", "tokens", "difference ± s.e.", "95 % interval", "better : worse", units, "test", "p",
+         *(["log-prob"] if has_log_probs else []), *(["cache"] if has_bytes else [])],
         cells,
         text_columns=(0, 1, 2, 8),
         group_starts=starts - {0},
-        caption=" ".join(filter(None, [_HOW_COMPARED, _BYTES if has_bytes else "", _count(rows)])),
+        caption=" ".join(filter(None, [_HOW_COMPARED, _LOG_PROBS if has_log_probs else "", _BYTES if has_bytes else "", _count(rows)])),
     )
 
 

@@ -66,10 +66,9 @@ def run_accuracy(
             key = batch[0]
             if (key.task, key.tokens) not in prompts:
                 prompts = {(key.task, key.tokens): _samples(loaded, key, n, seed)}
+                _require_same_prompts(folder, key, prompts[key.task, key.tokens])
             bar.set_description(" ".join(part for part in (key.task, str(key.tokens or ""), key.label) if part))
             samples = [prompts[key.task, key.tokens][k.sample] for k in batch]
-            for k, sample in zip(batch, samples, strict=True):
-                _require_same_prompt(folder, k, sample)
             for record in measurer.measure(batch, samples, _methods_for(key, methods, planned, folder)):
                 if record.key in missing:
                     folder.append(record)
@@ -207,13 +206,14 @@ def _samples(loaded: LoadedModel, key: SampleKey, n: int, seed: int) -> Sequence
     return task.samples(loaded.tokenizer, key.tokens, n, seed) if isinstance(task, Task) else task.samples(n, seed)
 
 
-def _require_same_prompt(folder: RunFolder, key: SampleKey, sample: AnySample) -> None:
-    """Raises where a resumed run would compare methods on different prompts: their text comes from Python's own library."""
-    if (before := folder.prompt_hash(key)) is not None and before != sample.prompt_hash:
-        raise AccelError(
-            f"prompt {key.sample} of {place(key)} is not the one that {folder.path} was begun with: "
-            "resume it with the same Python, tokenizer and version of accel, or start a new run"
-        )
+def _require_same_prompts(folder: RunFolder, key: SampleKey, samples: Sequence[AnySample]) -> None:
+    """Raises where a resumed run would mix prompts of two kinds in one row: tasks change with accel, and some texts with Python's own library."""
+    for i, sample in enumerate(samples):
+        if (before := folder.prompt_hash(key._replace(sample=i))) is not None and before != sample.prompt_hash:
+            raise AccelError(
+                f"prompt {i} of {place(key)} is not the one that {folder.path} was begun with: "
+                "resume it with the same Python, tokenizer and version of accel, or start a new run"
+            )
 
 
 def _methods_for(key: SampleKey, methods: Mapping[str, Sequence[Method]], controls: Sequence[Control], folder: RunFolder) -> Sequence[Method]:

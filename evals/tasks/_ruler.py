@@ -3,7 +3,7 @@
 Kept as published in all of them, as compared with the benchmark's own generators: how a prompt is built and how many things of each kind it holds,
 the model's chat template around it, a reply that is begun by the words that lead to the answer, greedy decoding of so many new tokens, prompt and
 new tokens together within the length, and the score: the share of the right answers that appear in the reply, in capitals or not. Ours are the
-wording and the lists of words.
+wording, the lists of words and what a task's card says.
 """
 
 from __future__ import annotations

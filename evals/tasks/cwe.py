@@ -2,7 +2,7 @@
 
 Ten words stand 30 times each, all others three times, in random order, behind one solved example of 40 words (10 and 3 times); below 4096 tokens
 six times and once, behind an example of 20 words (3 times and once). Parameters as published; wording and words are our own: English words from
-lists and from essays, and made-up words among the rare ones where those end, from some 90 thousand tokens on. 120 new tokens, or what
+lists and from essays, and made-up words among the rare ones where those end, from more than a hundred thousand tokens on. 120 new tokens, or what
 ten words need. The score is the share of the ten in the reply; none of the ten is a part of another word. Its log-prob depends on an order that no
 reader can know.
 """

@@ -1,6 +1,6 @@
 """The three most frequent words of a coded text: RULER's fwe.
 
-Made-up words of six letters whose frequencies fall as 1/rank² (a zeta distribution with alpha 2), one word per 50 tokens of the length; the most
+Made-up words of six letters whose frequencies fall as 1/rank² (a zeta distribution with alpha 2), one word per 50 tokens of the prompt; the most
 frequent one is "...", noise that the question tells to ignore, and the three behind it are wanted. Parameters as published; the wording is our own;
 50 new tokens. The score is the share of the three in the reply; their log-prob depends on an order, by frequency.
 """
@@ -37,7 +37,7 @@ def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
 
 def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     rng = sample_rng("fwe", seed, index)
-    words = [NOISE, *islice(made_up_words(rng), max(N_WANTED + 1, n_tokens // TOKENS_PER_WORD - 1))]
+    words = [NOISE, *islice(made_up_words(rng), max(N_WANTED + 1, (n_tokens - FWE_TOKENS) // TOKENS_PER_WORD - 1))]
     wanted, order = words[1 : 1 + N_WANTED], rng.random()
 
     def question(n_more: int) -> str:

@@ -1,7 +1,8 @@
 """A number of ten digits, many of them repeated, in one line that is repeated: InfiniteBench's number_string.
 
-Runs of equal digits such as 2200012222 ask for a finer look than a pass key does. At a random depth; right where the first number of the reply is
-this one; 12 new tokens, or what the number needs. As published but for the wording, the repeated line and the length, which is the one asked for.
+Runs of equal digits such as 2200012222 ask for a finer look than a pass key does. At a random depth, where the benchmark has even steps; right where
+the first number of the reply is this one; 12 new tokens, or what the number needs. As published but for this, the wording, the repeated line and the
+length, which is the one asked for.
 """
 
 from __future__ import annotations

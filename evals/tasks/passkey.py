@@ -1,7 +1,7 @@
 """A pass key of five digits in one line that is repeated: InfiniteBench's passkey.
 
-At a random depth; right where the first number of the reply is the key; 6 new tokens, or what the key needs. As published but for the wording, the
-repeated line and the length, which is the one asked for.
+At a random depth, where the benchmark has even steps; right where the first number of the reply is the key; 6 new tokens, or what the key needs. As
+published but for this, the wording, the repeated line and the length, which is the one asked for.
 """
 
 from __future__ import annotations

@@ -51,8 +51,10 @@ def _chain(rng: random.Random, n_letters: int) -> tuple[list[str], str, list[str
 def _question(lines: list[str], depths: list[float], n_noise: int, value: str) -> str:
     """The task with `n_noise` lines of noise; assignments at ascending shares of it, so that their order stays."""
     hay = [NOISE] * n_noise
-    for depth, line in reversed(list(zip(depths, lines, strict=True))):
-        hay.insert(int(depth * n_noise), f"{line}.")
+    # no two of them stand side by side
+    room = max(n_noise - len(lines) + 1, 0)
+    for i, (depth, line) in reversed(list(enumerate(zip(depths, lines, strict=True)))):
+        hay.insert(int(depth * room) + i, f"{line}.")
     return "Follow the variables in the text below.\n\n{}\n\nWhich variables have the value {} in the text above?".format("\n".join(hay), value)
 
 

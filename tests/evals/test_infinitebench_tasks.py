@@ -12,6 +12,7 @@ import pytest
 from tiny_llama import byte_tokenizer
 
 from accel.evals.tasks import Sample, expand_names, load_text_task
+from accel.evals.tasks._infinitebench import random_digits
 from accel.evals.tasks._ruler import NOISE
 from accel.evals.tasks._rules import RULES
 from accel.evals.tasks.number_string import number
@@ -73,6 +74,11 @@ def test_one_number_is_told_twice_in_one_place(name: str, what: str, digits: int
         assert sample.rule == "first_number"
         assert answer.depth is not None
         assert text.index(answer.text) / len(text) == pytest.approx(answer.depth, abs=0.04)
+
+
+def test_a_pass_key_may_begin_with_a_zero() -> None:
+    rng = random.Random(0)
+    assert {random_digits(rng, 5)[0] for _ in range(200)} == set("0123456789")
 
 
 def test_number_strings_are_five_digits_of_which_some_are_repeated() -> None:

@@ -180,6 +180,7 @@ def test_one_chain_of_four_hops_leads_to_the_five_answers(tokenizer: Any) -> Non
         assert prompt.count(sample.answers[-1].text) == 1
         assert question.count(NOISE) > 50
         assert example.count(NOISE) == 10
+        assert not re.search(r"VAR [^\n]*\nVAR ", prompt), "no assignment stands beside another"
 
 
 # --- counted words ------------------------------------------------------------------------------------------------------------

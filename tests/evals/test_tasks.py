@@ -12,6 +12,7 @@ from accel.errors import OptionError, UnsupportedError
 from accel.evals.scenes import FAMILIES
 from accel.evals.tasks import Sample, card, expand_names, load_task, load_text_task, task_names
 from accel.evals.tasks._prompts import _most_that_fit, encode_parts, insert
+from accel.evals.tasks._text import paragraphs, sentences
 from accel.evals.tasks._words import TOPICS
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -156,6 +157,18 @@ def test_the_longest_prompt_that_fits_is_found_whatever_the_units_are() -> None:
     for room in range(10, lengths[-1] + 5):
         found = _most_that_fit(lengths.__getitem__, 10, room, 200)
         assert found == max(k for k, n in enumerate(lengths) if n <= room)
+
+
+# --- texts --------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_essays_are_whole_paragraphs_of_prose() -> None:
+    lines = paragraphs()
+    assert len(set(lines)) == len(lines) > 600
+    whole = re.compile(r"[A-Z\"'].*[.!?][\"')\]]*", re.ASCII)
+    odd = [line[:60] for line in lines if not whole.fullmatch(line) or not line.isascii() or re.search(r"  |--|[`|*{}]", line)]
+    assert not odd
+    assert not [s for s in sentences() if re.fullmatch(r"[IVX]+\.|\d+\.|Mrs?\.", s)]
 
 
 # --- needle -------------------------------------------------------------------------------------------------------------------

@@ -107,11 +107,15 @@ def compare(sources: Sequence[Source]) -> dict[str, Any]:
 
 
 def display_names(sources: Sequence[Source]) -> dict[tuple[str, str], str]:
-    """By folder and label, the name in tables: the label, with its folder behind it where several folders have scores under that label."""
+    """By folder and label, the name in tables: the label, with its folder behind it where several folders have scores under that label of the same
+    task and length, or other options. Folders of other lengths share the columns of tables, and the rows over all."""
     runs = [source for source in sources if source.is_run]
-    labels = {source.name: list(dict.fromkeys(record.label for record in source.records)) for source in runs}
-    n_folders = Counter(label for own in labels.values() for label in own)
-    return {(name, label): f"{label} [{name}]" if n_folders[label] > 1 else label for name, own in labels.items() for label in own}
+    places = {source.name: dict.fromkeys((record.label, record.task, record.tokens) for record in source.records) for source in runs}
+    n_folders = Counter(place for own in places.values() for place in own)
+    methods = {(label, _as_text(source.config["methods"][label])) for source in runs for label in source.methods}
+    other_options = {label for label, n in Counter(label for label, _ in methods).items() if n > 1}
+    twice = {label for (label, _, _), n in n_folders.items() if n > 1} | other_options
+    return {(name, label): f"{label} [{name}]" if label in twice else label for name, own in places.items() for label, _, _ in own}
 
 
 def renamed(source: Source, names: Mapping[tuple[str, str], str]) -> list[SampleRecord]:
@@ -198,7 +202,8 @@ def _pairs(runs: Sequence[Source], names: Mapping[tuple[str, str], str]) -> list
             other = label if label in first.methods else only
             if other is not None and (source.name, label) in names and (first.name, other) in names:
                 pairs.append((names[source.name, label], names[first.name, other]))
-    return pairs
+    # folders of other lengths have the same names
+    return [pair for pair in dict.fromkeys(pairs) if pair[0] != pair[1]]
 
 
 def _fronts(sources: Sequence[Source], names: Mapping[tuple[str, str], str]) -> list[Row]:
@@ -293,7 +298,11 @@ def _defaults(name: str) -> Mapping[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(_as_text(value))
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, default=str, sort_keys=True)
 
 
 # --- what is not comparable ---------------------------------------------------------------------------------------------------

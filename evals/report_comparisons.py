@@ -45,7 +45,7 @@ def comparison_sections(result: Mapping[str, Any]) -> list[Section]:
 def comparison_table(rows: Sequence[Row]) -> Table:
     """One row per comparison. rows: of `significance.compared`."""
     starts = frozenset(i for i in range(len(rows)) if not i or _pair(rows[i]) != _pair(rows[i - 1]))
-    has_log_probs, has_bytes = (any(row[name] is not None for row in rows) for name in ("log_prob", "bytes"))
+    has_log_probs, has_bytes = (any(row.get(name) is not None for row in rows) for name in ("log_prob", "bytes"))
     cells = [
         [*(_pair(row) if i in starts else ("", "")), _task(row), _length(row), _difference(row), _interval(row),
          f"{row['better']} : {row['worse']}", str(row["n"]), row["test"], describe_p(row), *([_log_prob(row)] if has_log_probs else []),
@@ -55,7 +55,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
     units = "/".join(dict.fromkeys(row["unit"] for row in rows))
     return Table(
         ["method", "against", "task", "tokens", "difference ± s.e.", "95 % interval", "better : worse", units, "test", "p",
-         *(["log-prob"] if has_log_probs else []), *(["cache"] if has_bytes else [])],
+         *(["log-prob"] if has_log_probs else []), *(["cache, difference"] if has_bytes else [])],
         cells,
         text_columns=(0, 1, 2, 8),
         group_starts=starts - {0},
@@ -180,7 +180,7 @@ def _difference(row: Row) -> str:
 
 
 def _log_prob(row: Row) -> str:
-    found = row["log_prob"]
+    found = row.get("log_prob")
     if found is None:
         return "–"
     error = "" if not found["stderr"] else f" ± {found['stderr']:.2f}"
@@ -188,10 +188,10 @@ def _log_prob(row: Row) -> str:
 
 
 def _bytes(row: Row) -> str:
-    n = row["bytes"]
+    n = row.get("bytes")
     if n is None:
         return "–"
-    return "0" if abs(n) < 1 else f"{'+' if n > 0 else '−'}{kibibytes(abs(n))}"
+    return "0" if abs(n) < 512 else f"{'+' if n > 0 else '−'}{kibibytes(abs(n))}"
 
 
 def _interval(row: Row) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,81 +19,105 @@ def overview_table(scores: Sequence[Row]) -> Table | None:
     scores: of `summary.summarise`; those of pictures and of drawings are left out.
     """
     mine = [s for s in scores if s.get("tokens")]
-    labels, tasks = list(dict.fromkeys(s["label"] for s in mine)), {s["task"] for s in mine}
-    if min(len(labels), len(tasks)) < FEWEST:
+    names = short_labels(mine)
+    if min(len(names), len({s["task"] for s in mine})) < FEWEST:
         return None
     cells: list[list[str]] = []
     starts, quiet = [], []
     for tokens in sorted({s["tokens"] for s in mine}):
-        at = [s for s in mine if s["tokens"] == tokens]
         starts.append(len(cells))
-        found = {(s["task"], s["label"]): s for s in at}
-        for task in dict.fromkeys(s["task"] for s in at):
-            row = [found.get((task, label)) for label in labels]
+        found = {(s["task"], s["label"]): s for s in mine if s["tokens"] == tokens}
+        tasks, labels = ({key[i]: None for key in found} for i in (0, 1))
+        for task in tasks:
+            row = [found.get((task, label)) for label in names]
             cells.append([short_length(tokens), task, *("–" if s is None else number(s["score"]["value"], 2) for s in row)])
-        quiet += [len(cells), len(cells) + 1]
-        cells.append([short_length(tokens), "mean score", *_means(at, labels, _score)])
-        cells.append([short_length(tokens), "mean density", *_means(at, labels, _density)])
-    perplexities = ", ".join(sorted({s["task"] for s in mine if _is_perplexity(s)}))
+        common = [task for task in tasks if all((task, label) in found for label in labels) and not _is_perplexity(found[task, next(iter(labels))])]
+        if common:
+            quiet += [len(cells), len(cells) + 1]
+            by_label = {label: [found[task, label] for task in common] if label in labels else [] for label in names}
+            cells.append([short_length(tokens), "mean score", *(_mean([s["score"]["value"] for s in own]) for own in by_label.values())])
+            cells.append([short_length(tokens), "mean density", *(_mean([_density(s) for s in own]) for own in by_label.values())])
+    perplexities = ", ".join(dict.fromkeys(s["task"] for s in mine if _is_perplexity(s)))
     return Table(
-        ["tokens", "task", *short_labels(mine).values()],
+        ["tokens", "task", *names.values()],
         cells,
         text_columns=(1,),
         quiet_rows=frozenset(quiet),
         group_starts=frozenset(starts[1:]),
-        caption="Scores, of 1, by the rule of each task; standard errors and numbers of prompts stand in the long table. Means: over the tasks that "
-        f"every variant has.{f' Lower is better of perplexities ({perplexities}), which are in no mean score.' if perplexities else ''}",
+        caption=f"Scores by the rule of each task; standard errors and numbers of prompts stand in the long table.{_means_text(perplexities)}"
+        f"{_shared_text(mine, names)}",
     )
 
 
 def short_labels(scores: Sequence[Row]) -> dict[str, str]:
-    """By label, the methods with those of their options in which variants of the same methods differ; labels of controls and of dense as they are."""
-    options: dict[str, Sequence[Mapping[str, Mapping[str, Any]]]] = {}
-    for s in scores:
-        options.setdefault(s["label"], s.get("options", []))
-    is_own = {label: bool(given) and " (" not in label for label, given in options.items()}
-    seen: dict[tuple[str, str], set[str]] = {}
-    for label, given in options.items():
-        if is_own[label]:
-            for name, option, value in _flat(given, options):
-                seen.setdefault((name, option), set()).add(value)
+    """By label, the methods with those of their options in which variants of one method differ; other labels, such as of controls, as they are."""
+    own = _own_options(scores)
+    differing = _differing(own)
     found = {}
-    for label, given in options.items():
-        parts = []
-        for entry in given:
-            [(name, own)] = entry.items()
-            told = ", ".join(f"{option}={value}" for option, value in own.items() if len(seen.get((name, option), ())) > 1)
-            parts.append(f"{name}({told})" if told else name)
-        found[label] = " + ".join(parts) if is_own[label] else label
-    # two that differ in the order of methods only
-    return found if len(set(found.values())) == len(found) else {label: label for label in options}
+    for label in dict.fromkeys(s["label"] for s in scores):
+        parts = [_written(name, {k: v for k, v in options.items() if (name, k) in differing}) for name, options in own.get(label, [])]
+        found[label] = " + ".join(parts) or label
+    # two variants that differ in the order of methods, or in nothing that options tell
+    return found if len(set(found.values())) == len(found) else {label: label for label in found}
 
 
-def _flat(
-    given: Sequence[Mapping[str, Mapping[str, Any]]], every: Mapping[str, Sequence[Mapping[str, Mapping[str, Any]]]]
-) -> list[tuple[str, str, str]]:  # fmt: skip
-    """(method, option, value) of one variant, an option that only others give having the value "" here."""
-    names = {(name, option) for entries in every.values() for entry in entries for name, own in entry.items() for option in own}
-    return [
-        (name, option, json.dumps(own[option], sort_keys=True, default=str) if option in own else "")
-        for entry in given for name, own in entry.items() for other, option in sorted(names) if other == name
-    ]  # fmt: skip
+def _own_options(scores: Sequence[Row]) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+    """By label, (method, changed options) of what is labelled by them; a control is labelled by its budget, a recipe by its name."""
+    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    for s in scores:
+        entries = [(name, options) for entry in s.get("options", []) for name, options in entry.items()]
+        if entries and s["label"].startswith(entries[0][0]) and " (" not in s["label"]:
+            found.setdefault(s["label"], entries)
+    return found
 
 
-def _means(scores: Sequence[Row], labels: Sequence[str], value: Any) -> list[str]:
-    """The mean of each label over the tasks of which every label has a value."""
-    by_label = {label: {s["task"]: v for s in scores if s["label"] == label and (v := value(s)) is not None} for label in labels}
-    common = set.intersection(*map(set, by_label.values()))
-    return [number(statistics.fmean(by_label[label][task] for task in common) if common else None, 2) for label in labels]
+def _differing(own: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> set[tuple[str, str]]:
+    """(method, option) where not all variants with this method have the same value."""
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for entries in own.values():
+        for name, options in entries:
+            by_method.setdefault(name, []).append(options)
+    return {
+        (name, option)
+        for name, every in by_method.items() for option in {key for options in every for key in options}
+        if any(option not in options or options[option] != every[0].get(option) for options in every)
+    }  # fmt: skip
+
+
+def _shared_text(scores: Sequence[Row], names: Mapping[str, str]) -> str:
+    """What the short names leave out."""
+    own = _own_options(scores)
+    differing = _differing(own)
+    shared = {
+        name: told
+        for label, entries in own.items() if names[label] != label for name, options in entries
+        if (told := {k: v for k, v in options.items() if (name, k) not in differing})
+    }  # fmt: skip
+    return f" In all of that name: {', '.join(_written(name, told) for name, told in shared.items())}." if shared else ""
+
+
+def _means_text(perplexities: str) -> str:
+    without = f", without perplexities ({perplexities}), of which lower is better" if perplexities else ""
+    return (
+        f" Means: over the tasks that all columns have at this length, each of the same weight{without}. "
+        "Density: of the calls that ran sparse, 1 where none did."
+    )
+
+
+def _written(name: str, options: Mapping[str, Any]) -> str:
+    return f"{name}({', '.join(f'{option}={value}' for option, value in options.items())})" if options else name
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return number(statistics.fmean(known), 2) if known and len(known) == len(values) else "–"
 
 
 def _is_perplexity(score: Row) -> bool:
     return bool(score["score"].get("name") == "perplexity")
 
 
-def _score(score: Row) -> float | None:
-    return None if _is_perplexity(score) else float(score["score"]["value"])
-
-
 def _density(score: Row) -> float | None:
-    return 1.0 if score.get("is_baseline") else score.get("density")
+    calls = score.get("calls") or {"sparse": 0, "dense": {}}
+    ran_dense = bool(calls["dense"]) and not calls["sparse"]
+    return 1.0 if score.get("is_baseline") or ran_dense else score.get("density")

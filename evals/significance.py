@@ -41,7 +41,8 @@ def compared(
 ) -> list[dict[str, Any]]:
     """`comparisons` of a result.json: one row per pair, task and length, and one over all of them where there are several.
 
-    log_prob_tasks: scored by the log-probability of their answers; they stay out of the row over all. left_out: tasks that no table shows.
+    log_prob_tasks: scored by the log-probability of their answers; they stay out of the row over all. left_out: tasks that no table shows. The row
+    over all has no bytes, which grow with the length.
     Each row: task and tokens (None for the row over all, whose `tasks` are named), label, other, and the fields of `paired_test`. Pairs without a
     common prompt have no row.
     """
@@ -59,7 +60,7 @@ def compared(
         scored = [pair for pair in both if pair[0].task not in log_prob_tasks]
         if len({(a.task, a.tokens) for a, _ in scored}) > 1:
             tasks = list(dict.fromkeys(a.task for a, _ in scored))
-            rows.append({"task": None, "tasks": tasks, "tokens": None, "label": label, "other": other, **paired_test(scored)})
+            rows.append({"task": None, "tasks": tasks, "tokens": None, "label": label, "other": other, **paired_test(scored), "bytes": None})
     return rows
 
 
@@ -74,9 +75,9 @@ def paired_test(pairs: Sequence[tuple[SampleRecord, SampleRecord]], *, is_log_pr
     """The difference of two labels on the same prompts, first minus second, and how likely one as large is by chance.
 
     metric: "score", or "log_prob" (nats, a mean over answers). difference, stderr: over units. interval: 95 %, paired bootstrap over units; None
-    below `FEWEST_UNITS`. log_prob: mean and standard error of its difference where that is not the metric, else None. bytes: the mean difference of
-    the most bytes that their caches held, None where one held a whole one. n: units; better, worse: those on which the first is above or below the
-    second. test, p: two-sided; 1 where none differs.
+    below `FEWEST_UNITS`. log_prob: mean and standard error of its difference where that is not the metric and all pairs have one, else None. bytes:
+    the mean difference of the most bytes that their caches held, None where a prompt had a whole one. n: units; better, worse: those on which the
+    first is above or below the second. test, p: two-sided; 1 where none differs.
     """
     values = [_value(a, is_log_prob) - _value(b, is_log_prob) for a, b in pairs]
     groups = [unit_of(a) for a, _ in pairs]
@@ -94,13 +95,13 @@ def paired_test(pairs: Sequence[tuple[SampleRecord, SampleRecord]], *, is_log_pr
 
 
 def _log_prob_difference(pairs: Sequence[tuple[SampleRecord, SampleRecord]]) -> dict[str, Any] | None:
-    known = [(a.log_prob - b.log_prob, unit_of(a)) for a, b in pairs if a.log_prob is not None and b.log_prob is not None]
-    return clustered([d for d, _ in known], [unit for _, unit in known]).as_dict() if known else None
+    known = [a.log_prob - b.log_prob for a, b in pairs if a.log_prob is not None and b.log_prob is not None]
+    return clustered(known, [unit_of(a) for a, _ in pairs]).as_dict() if len(known) == len(pairs) else None
 
 
 def _bytes_difference(pairs: Sequence[tuple[SampleRecord, SampleRecord]]) -> float | None:
     sizes = [a.cache["peak_bytes"] - b.cache["peak_bytes"] for a, b in pairs if a.cache is not None and b.cache is not None]
-    return statistics.fmean(sizes) if sizes else None
+    return statistics.fmean(sizes) if len(sizes) == len(pairs) else None
 
 
 def unit_of(record: SampleRecord) -> str:

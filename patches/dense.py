@@ -17,10 +17,7 @@ _REASON = "dense control"
 
 @dataclass(frozen=True, kw_only=True)
 class Dense(SparseAttention):
-    """Leaves every call dense: the model's own attention, or our own kernel with `dense_kernel="accel"`.
-
-    Not to be confused with `RunDense`, with which any method answers that a call stays dense.
-    """
+    """Leaves every call dense: the model's own attention, or our own kernel with `dense_kernel="accel"`."""
 
     trainable: ClassVar[bool] = True
 

@@ -18,8 +18,8 @@ class Downsample(ProjectorPruning):
     """Averages the visual features of each unit over a coarser grid, in front of the language model.
 
     It averages features behind the projector; the encoder still sees the picture in full, so this is not the same as a smaller picture.
-    keep, newline: as for the other controls, per unit (tile, image or frame). No grid has any number of cells: the one closest
-    to the budget from below that keeps the shape of the unit is used, and never less than one cell per frame. min_tokens has no effect below 1.
+    No grid has any number of cells: the one closest to the budget of a unit (tile, image or frame) from below that keeps its shape is used, and never
+    less than one cell per frame, so that `min_tokens` has no effect below 1.
     Each cell's mean takes the place, and the position, of the token nearest to its centre.
     """
 

@@ -21,8 +21,8 @@ STEP = -7046029254386353131
 class RandomKV(HeadBudgets):
     """Keeps random entries of each head, so many of all scales so far: the control for every cache method.
 
-    keep: how many. seed: with the layer and the head it gives every position its rank, for all rows alike. window: of a decoder, how many of the
-    newest entries stay, as with all methods that it is compared to; small budgets give these at most half.
+    seed: with the layer and the head it gives every position its rank, for all rows alike.
+    window: of a decoder, how many of the newest entries stay, as with all methods that it is compared to; small budgets give these at most half.
     """
 
     seed: int = 0

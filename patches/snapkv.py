@@ -18,8 +18,9 @@ from accel.protocols import CacheNeeds, CompressionContext, HeadGroup, Retain
 class SnapKV(ScoredCache):
     """Keeps what the last queries attend to, pooled over neighbouring entries, and these queries' own entries (arXiv 2404.14469).
 
-    keep: how many in all. window: the last queries of the scale, or of a decoder, which vote and whose own entries stay; small budgets give these
-    entries at most half. kernel: how many neighbours are pooled, an odd number; 1 does not pool. pooling: "max" or "avg" of them.
+    window: the last queries of the scale, or of a decoder, which vote and whose own entries stay; small budgets give these entries at most half.
+    kernel: how many neighbours are pooled, an odd number; 1 does not pool.
+    pooling: "max" or "avg" of them.
     """
 
     window: int = 32

@@ -16,7 +16,7 @@ from accel.protocols import CompressionContext, HeadGroup, Retain
 class StreamingKV(HeadBudgets):
     """Keeps the first entries and the newest of each head (StreamingLLM, arXiv 2309.17453).
 
-    keep: how many in all. sinks: how many of them are the first; where the budget is smaller, all but one. Entries count in the order they were made:
+    sinks: how many of `keep` are the first; where the budget is smaller, all but one. Entries count in the order they were made:
     scale by scale, row by row, so a window smaller than the last scale holds its lower rows.
     """
 

@@ -46,7 +46,7 @@ class VFlowOpt(TokenPruning):
     """Ranks visual tokens by the attention of the encoder's hub patches; drops some in front of the language model and some at a third of it each.
 
     keep: average share of the visual tokens over the decoder layers.
-    r1, r2, r3: shares kept at each stage, of what the stage before left. r1: None is r1_factor · keep, at most 1. r3: None is what meets
+    r1, r2, r3: shares kept at each stage, of what the stage before left. r1: None is `r1_factor` · keep, at most 1. r3: None is what meets
         keep; given, keep has no say. All at their defaults: everything goes at the first stage, uncalibrated.
     hub_factor: patches that receive more than this many times the average attention are hubs; where none does, the one that receives most.
     cell: side in tokens of the squares in which dropped tokens are merged into one. None: sqrt(N / 8) for a grid of N tokens.

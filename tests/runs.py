@@ -17,15 +17,16 @@ GAMMA = 0.9
 def write_run(
     folder: Path, hits: Mapping[str, Sequence[float]], *, dense: Sequence[float] | None = None, controls: Sequence[str] = (), seed: int = 0,
     samples: int | None = None, prompt: str = "p", model: str = "tiny", device: str = "CPU, 1 threads", prefill_ms: Mapping[str, float] | None = None,
-    log_prob: Mapping[str, float] | None = None, metric: Any = "exact", env: Mapping[str, Any] | None = None, n_missing: int = 0,
+    log_prob: Mapping[str, float] | None = None, metric: Any = "exact", env: Mapping[str, Any] | None = None, n_missing: int = 0, tokens: int = 1024,
+    gamma: float = GAMMA,
 ) -> Path:  # fmt: skip
-    """A folder of `accel run` on needle at 1024 tokens. hits: by label, of single-answer prompts; dense is right everywhere unless told otherwise."""
+    """A folder of `accel run` on needle. hits: by label, of single-answer prompts; dense is right everywhere unless told otherwise."""
     n = max(map(len, hits.values()))
     everything = {"dense": dense or [1.0] * n, **hits}
     records = [
         SampleRecord(
-            task="needle", label=label, options=[] if label == "dense" else [{"toy": {"gamma": GAMMA}}], tokens=1024, sample=i, seed=seed,
-            n_tokens=1024, prompt_hash=f"{prompt}{i}", log_prob=None if log_prob is None else log_prob[label], exact=float(hit),
+            task="needle", label=label, options=[] if label == "dense" else [{"toy": {"gamma": gamma}}], tokens=tokens, sample=i, seed=seed,
+            n_tokens=tokens, prompt_hash=f"{prompt}{i}", log_prob=None if log_prob is None else log_prob[label], exact=float(hit),
             log_probs=[] if log_prob is None else [log_prob[label]], hits=[float(hit)], questions=["key (at 50%)"], expected=["1"], answers=["1"],
             density=None if label == "dense" else 0.5, sparse_calls=0, dense_calls={}, prefill_ms=(prefill_ms or {}).get(label, 100.0),
         )
@@ -36,7 +37,7 @@ def write_run(
     result = {
         "schema": 1, "command": "run", "title": "tiny: accuracy", "model": model, "dtype": "float32", "device": device, "created": "now",
         "config": {"command": "run", "seed": seed, "samples": samples or n, "controls": list(controls),
-                   "methods": {label: [{"toy": {"gamma": GAMMA}}] for label in hits if label not in controls}},
+                   "methods": {label: [{"toy": {"gamma": gamma}}] for label in hits if label not in controls}},
         "env": {"torch": "2.13", "accel": "0.1", **(env or {})}, "scores": rows, "n_missing": n_missing,
     }  # fmt: skip
     folder.mkdir(parents=True)

@@ -45,7 +45,7 @@ def main(args: argparse.Namespace) -> int:
     """Prints methods × hosts, or all there is to say of some methods, and with `--notes` those of each host."""
     rows, notes = method_rows(args.methods), host_notes()
     if args.json:
-        print(json.dumps({"methods": [asdict(row) for row in rows], "notes": notes}, indent=2, ensure_ascii=False))
+        print(json.dumps({"methods": [asdict(row) for row in rows], "notes": notes}, indent=2, ensure_ascii=False, default=repr))
         return 0
     if args.methods:
         for row in rows:
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         for host, lines in notes.items():
             _print_list(f"On {host}", lines)
     elif not args.methods:
-        print("accel ls METHOD tells its options and what speaks against a host; accel ls --notes what was tried with each host and what was not")
+        print("accel ls METHOD tells its options and what speaks against a host, accel ls --notes what was tried with each host.")
     return 0
 
 
@@ -89,9 +89,9 @@ def method_rows(names: Sequence[str] = ()) -> list[MethodRow]:
     from accel.registry import build, method_names
 
     rows = []
-    for name in names or method_names():
+    for name in dict.fromkeys(names) or method_names():
         method = build(name)
-        summary = (type(method).__doc__ or "").strip().split("\n", 1)[0]
+        summary = _docstring(type(method)).split("\n", 1)[0] or "(says nothing of itself)"
         against = {
             _host_name(host): [*host.refusals(method), *method.supports(getattr(host, "plain_model", _plain_model)(), _host_name(host), [])]
             for host in hosts()
@@ -100,14 +100,20 @@ def method_rows(names: Sequence[str] = ()) -> list[MethodRow]:
     return rows
 
 
+def _docstring(cls: type) -> str:
+    """What was written of a class; not the signature that `dataclass` puts where nothing was."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    return "" if text.startswith(f"{cls.__name__}(") else text
+
+
 def _told(cls: type, options: Collection[str]) -> list[str]:
     """Paragraphs: what a class says of itself and of its options, and what those classes say that it has other options from."""
     found: list[str] = []
     known: set[str] = set()
     for base in cls.__mro__:
-        for names, text in _paragraphs(inspect.cleandoc(base.__doc__ or ""), options):
+        for names, text in _paragraphs(_docstring(base), options):
             # what a base says of itself is for those who write methods
-            if names - known or (base is cls and not names):
+            if text and (names - known or (base is cls and not names)):
                 found.append(text)
                 known |= names
     return found

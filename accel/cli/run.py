@@ -462,7 +462,7 @@ def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
     tables = [accuracy_table(scores)] if scores else []
     tables += [overview] if (overview := overview_table(scores)) else []
     # the report has all of those with controls; equal bytes of a cache say nothing without them
-    told = [row for row in extra.get("comparisons", []) if row["other"] == BASELINE or row["bytes"] is not None]
+    told = [row for row in extra.get("comparisons", []) if row["other"] == BASELINE or row.get("bytes") is not None]
     tables += [comparison_table(told)] if told else []
     tables += [table for section in drawn_sections(extra) for table in section.tables]
     if extra.get("gates"):

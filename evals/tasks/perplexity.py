@@ -7,6 +7,7 @@ retrieval, never alone. Methods that drop cache entries do so before the first s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from accel.errors import OptionError
@@ -26,7 +27,7 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
     require_length("perplexity", n_tokens, 2 * N_PLACES * N_SCORED)
     text = paragraphs()
     start = sample_rng("perplexity", seed, index).randrange(len(text))
-    ids = [*opening(tokenizer), *encode(tokenizer, "\n\n".join((*text[start:], *text[:start])))]
+    ids = [*opening(tokenizer), *_begun(tokenizer, (*text[start:], *text[:start]), n_tokens)]
     if len(ids) < n_tokens:
         raise OptionError(f"perplexity has {len(ids)} tokens of prose with this tokenizer, asked for {n_tokens}; ask for a shorter length")
     answers = []
@@ -36,6 +37,14 @@ def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
             Answer(f"token {i} (at {depth:.0%})", tokenizer.decode([ids[i]]), i, i + 1, depth=depth) for i in range(stop - N_SCORED, stop)
         ]
     return Sample(index, seed, tuple(ids[:n_tokens]), tuple(answers))
+
+
+def _begun(tokenizer: Any, text: Sequence[str], n_tokens: int) -> list[int]:
+    """The tokens of more than `n_tokens` of these paragraphs, or of all there are: a whole book would take longer than to read the prompt."""
+    n = n_tokens // 128 + 8
+    while len(ids := encode(tokenizer, "\n\n".join(text[:n]))) <= n_tokens and n < len(text):
+        n *= 2
+    return ids
 
 
 TASK = Task(samples, metric="perplexity")

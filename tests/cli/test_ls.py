@@ -13,6 +13,7 @@ import pytest
 
 from accel.cli import ls
 from accel.errors import OptionError
+from accel.patches.streaming_kv import StreamingKV
 from accel.registry import build, method_names
 
 
@@ -71,7 +72,8 @@ def test_a_method_tells_each_of_its_options_and_the_default(name: str, capsys: p
     [row] = json.loads(show(capsys, name, as_json=True))["methods"]
     assert row["name"] == name
     told = " ".join(row["text"])
-    assert not [option for option in row["defaults"] if not re.search(rf"\b{option}\b", told)]
+    # in front of a colon, alone or in a list, or quoted where another option or the first line tells it
+    assert not [option for option in row["defaults"] if not re.search(rf"\b{option}(, \w+)*: |`{option}`", told)]
     assert not [text for text in row["text"] if "Base of" in text], "what a base says of itself is for those who write methods"
     text = show(capsys, name)
     defaults = text.split("  defaults: ")[1].split("  training: ")[0].split()
@@ -83,6 +85,22 @@ def test_an_option_is_told_by_the_class_that_is_nearest(capsys: pytest.CaptureFi
     [keep] = [line for line in told if line.startswith("keep: ")]
     assert "as a mean (1 − ρ)" in keep
     assert sum(line.startswith("every: ") for line in told) == 1, "of its base"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Silent(StreamingKV):
+    places: frozenset[str] = frozenset({"here"})
+
+
+Silent.__doc__ = dataclasses.make_dataclass("Silent", ["places"]).__doc__
+
+
+def test_a_method_without_words_and_with_an_odd_default_is_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("accel.registry.build", lambda name: Silent())
+    [row] = json.loads(show(capsys, "streaming_kv", as_json=True))["methods"]
+    assert row["summary"] == "(says nothing of itself)"
+    assert row["defaults"]["places"] == "frozenset({'here'})"
+    assert row["text"][0].startswith("sinks: ")
 
 
 def test_an_unknown_method_is_named_with_those_there_are() -> None:

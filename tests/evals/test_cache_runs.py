@@ -130,7 +130,7 @@ def test_differences_are_taken_prompt_by_prompt(finished: tuple[RunFolder, list[
     assert mine[0]["bytes"] is None
     assert abs(mine[1]["bytes"]) < 64 * 1024
     table = comparison_table(paired)
-    assert (table.headers[-2:], len(table.rows)) == (["log-prob", "cache"], len(paired))
+    assert (table.headers[-2:], len(table.rows)) == (["log-prob", "cache, difference"], len(paired))
     assert comparison_table([row for row in paired if row["other"] == "dense"]).headers[-1] == "log-prob", "a whole cache has no budget"
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import write_bench, write_run
 
 from accel.errors import AccelError, OptionError, UnsupportedError
 from accel.evals.compare import _is_same, compare, display_names, read_sources
@@ -15,6 +14,7 @@ from accel.evals.compare_gate import failures, gate_notices, gate_rows, parse_ma
 from accel.evals.report import _accuracy_figures
 from accel.evals.report_comparisons import front_figures, front_table
 from accel.registry import build
+from runs import write_bench, write_run
 
 pytest.importorskip("scipy")
 
@@ -65,6 +65,22 @@ def test_a_label_of_two_folders_is_shown_twice_and_the_later_one_compared_with_t
     rows = {(row["label"], row["other"]): row for row in result["comparisons"]}
     assert set(rows) == {("m [old]", "dense [old]"), ("m [new]", "dense [new]"), ("m [new]", "m [old]")}
     assert (rows["m [new]", "m [old]"]["better"], rows["m [new]", "m [old]"]["worse"]) == (0, 2)
+
+
+def test_folders_of_other_lengths_share_their_labels(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"{n}k", {"m": [1, 0], "w": [0, 0]}, tokens=1024 * n, controls=("w",)) for n in (1, 2)]
+    result = compare(read_sources(folders))
+    assert [(row["tokens"], row["label"]) for row in result["scores"]] == [(n, label) for n in (1024, 2048) for label in ("dense", "m", "w")]
+    rows = [(row["label"], row["other"], row["tokens"], row["n"]) for row in result["comparisons"]]
+    # prompts of the same number are made from one draw, and count once over all
+    assert rows == [("m", "dense", 1024, 2), ("m", "dense", 2048, 2), ("m", "dense", None, 2)]
+    assert [(row["tokens"], row["label"]) for row in result["fronts"]] == [(n, label) for n in (1024, 2048) for label in ("dense", "m", "w")]
+    assert result["notices"] == []
+
+
+def test_one_label_with_other_options_is_told_apart(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / f"{n}k", {"m": [1, 0]}, tokens=1024 * n, gamma=0.1 * n) for n in (1, 2)]
+    assert {row["label"] for row in compare(read_sources(folders))["scores"]} == {"dense", "m [1k]", "m [2k]"}
 
 
 def test_scores_stand_by_task_and_length_and_then_by_folder(tmp_path: Path) -> None:

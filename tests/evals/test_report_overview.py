@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from accel.evals.compare_report import titled_tables
 from accel.evals.report_overview import overview_table, short_labels
+from accel.evals.report_sections import sections
 
 GAMMAS = {
     "flexprefill(min_seq_len=0)": {"min_seq_len": 0},
@@ -40,7 +44,7 @@ def test_a_row_per_task_and_length_and_a_column_per_variant() -> None:
     assert table.rows[4] == ["2K", "mean density", "1.00", "0.50", "0.50", "0.50"]
     assert [row[0] for row in table.rows[5:]] == ["8K"] * 5
     assert (table.group_starts, table.quiet_rows) == ({5}, {3, 4, 8, 9})
-    assert table.caption.endswith("Lower is better of perplexities (perplexity), which are in no mean score.")
+    assert "without perplexities (perplexity)" in table.caption
 
 
 def test_means_are_over_the_tasks_that_every_variant_has() -> None:
@@ -65,3 +69,40 @@ def test_names_that_would_be_the_same_stay_whole() -> None:
     assert short_labels(both) == {row["label"]: row["label"] for row in both}
     twice = [{"label": label, "options": [{"h2o": {}}]} for label in ("h2o", "h2o again")]
     assert short_labels(twice) == {"h2o": "h2o", "h2o again": "h2o again"}
+
+
+def test_what_ran_dense_has_a_density_of_one_and_what_has_no_density_no_mean() -> None:
+    rows = scores()
+    for s in rows:
+        if s["label"] == "flexprefill(min_seq_len=0)" and s["task"] == "vt":
+            s |= {"density": None, "calls": {"sparse": 0, "dense": {"below crossover": 30}}}
+        if s["label"] == "streaming (same density)" and s["task"] == "vt":
+            s |= {"density": None, "calls": {"sparse": 0, "dense": {}}}
+    table = overview_table(rows)
+    assert table is not None
+    assert table.rows[4][2:] == ["1.00", "0.75", "0.50", "–"]
+
+
+def test_the_caption_tells_what_the_short_names_leave_out() -> None:
+    table = overview_table(scores())
+    assert table is not None
+    assert table.caption.endswith("In all of that name: flexprefill(min_seq_len=0).")
+    assert short_labels([{"label": "mine", "options": [{"flexprefill": {"gamma": 0.9}}]}]) == {"mine": "mine"}, "the name of a recipe"
+
+
+def test_perplexities_alone_have_no_means() -> None:
+    table = overview_table([{**s, "score": {**s["score"], "name": "perplexity"}} for s in scores()])
+    assert table is not None
+    assert [row[1] for row in table.rows] == ["needle", "vt", "perplexity"]
+
+
+def test_it_stands_in_reports_on_stdout_and_in_comparisons(capsys: pytest.CaptureFixture[str]) -> None:
+    from accel.cli.run import _print
+
+    rows = [{**s, "n": 1, "kind": "text"} for s in scores()]
+    [section] = [s for s in sections({"scores": rows}) if s.name == "accuracy"]
+    assert [table.headers[:2] for table in section.tables] == [["tokens", "task"], ["task", "tokens"]]
+    empty: dict[str, Any] = {"sources": [], "scores": rows, "comparisons": [], "latency": [], "fronts": []}
+    assert "Scores of all tasks" in dict(titled_tables(empty))
+    _print(rows, {})
+    assert "mean density" in capsys.readouterr().out

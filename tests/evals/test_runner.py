@@ -317,3 +317,15 @@ def test_a_prompt_that_is_longer_with_its_reply_than_the_model_is_refused(loaded
     measurer.measure([key], [sample], ())
     with pytest.raises(OptionError, match=r"small holds 600 tokens, and prompt 0 of passkey at 600 tokens with its reply takes 6\d\d"):
         measurer.measure([key], [replace(sample, max_new_tokens=sample.max_new_tokens + 100)], ())
+
+
+def test_more_samples_are_not_added_to_prompts_of_another_version(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path / "r", CONFIG)
+    only: dict[str, Any] = {"lengths": [900], "tasks": ["passkey"], "methods": {}, "controls": ()}
+    run(loaded, folder, n=1, **only)
+    run(loaded, folder, n=2, **only)
+    # as of another version: sample 2 has not been asked yet, and those before it were others
+    monkeypatch.setattr("accel.evals.tasks._infinitebench.NOISE", "Another line.")
+    with pytest.raises(AccelError, match=r"prompt 0 of passkey at 900 tokens is not the one that .* was begun with"):
+        run(loaded, folder, n=3, **only)
+    assert len(saved(folder)) == 2

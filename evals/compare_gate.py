@@ -41,7 +41,8 @@ def gate_rows(sources: Sequence[Source], margins: Mapping[str, float], names: Ma
 
     A method passes where its loss, dense minus method on the same prompts of its own folder, is at most the margin; with `confidence`, where even the
     one-sided bound of that loss is, so that too few prompts do not pass. Of a perplexity, the loss is its rise as a share of dense's. A prompt
-    that the method or dense has not answered fails it, and so does a task of which dense answers nothing, since nothing can be lost there.
+    that the method or dense has not answered fails it, and so does a task of which dense answers nothing, or about pictures that it does not see,
+    since nothing can be lost there.
     Each row: label, task, tokens, n (units), dense (its score), loss, bound (None without confidence, or where there is none), margin, passes, why.
     dense is None of a perplexity; dense and loss are None where there is no basis for a gate.
     Raises OptionError where a task with a margin is in no folder, and where there is nothing to be gated.
@@ -49,7 +50,7 @@ def gate_rows(sources: Sequence[Source], margins: Mapping[str, float], names: Ma
     if confidence is not None and not 0.5 < confidence < 1:
         raise OptionError(f"the confidence of a gate lies between 0.5 and 1, such as 0.95; got {confidence}")
     runs = [source for source in sources if source.is_run]
-    tasks = {row["task"] for source in runs for row in source.scores}
+    tasks = {row["task"] for source in runs for row in source.result.get("scores", [])}
     if unknown := sorted(set(margins) - tasks - {ANY_TASK}):
         raise OptionError(f"no folder has scores of {', '.join(unknown)}, for which --gate has a margin. There are: {', '.join(sorted(tasks))}")
     rows = [row for source in runs for row in _of_source(source, margins, names, confidence)]
@@ -77,7 +78,8 @@ def gate_notices(rows: Sequence[Mapping[str, Any]], confidence: float | None = N
 
 def _of_source(source: Source, margins: Mapping[str, float], names: Mapping[tuple[str, str], str], confidence: float | None) -> list[dict[str, Any]]:
     graded = log_prob_tasks(source.scores)
-    cells = dict.fromkeys((row["task"], row.get("tokens") or 0) for row in source.scores)
+    cells = dict.fromkeys((row["task"], row.get("tokens") or 0) for row in source.result.get("scores", []))
+    shown = {row["task"] for row in source.scores}
     rows = []
     for label in source.methods:
         for task, tokens in cells:
@@ -86,7 +88,11 @@ def _of_source(source: Source, margins: Mapping[str, float], names: Mapping[tupl
                 continue
             mine, dense = (_at(source, task, tokens, name) for name in (label, BASELINE))
             row = {"label": names.get((source.name, label), label), "task": task, "tokens": tokens, "margin": margin}
-            rows.append({**row, **_verdict(mine, dense, margin, confidence, is_log_prob=task in graded, wanted=source.config.get("samples"))})
+            if task in shown:
+                found = _verdict(mine, dense, margin, confidence, is_log_prob=task in graded, wanted=source.config.get("samples"))
+            else:
+                found = _without_basis(len(pair_up(mine, dense)), "dense itself does not see these pictures well enough: it failed the task's gate")
+            rows.append({**row, **found})
     return rows
 
 

@@ -54,7 +54,7 @@ def _front_at(place: tuple[str, int], scores: Sequence[Row], latency: Sequence[R
         value, error = mean_score([own[task] for task in tasks], metric)
         found.append(
             {"kind": kind, "tokens": tokens, "tasks": tasks, "metric": metric, "label": label, "score": value, "stderr": error,
-             "time": CLEAN if is_clean else SCORED, "ms": ms, "is_baseline": bool(own[tasks[0]].get("is_baseline"))}
+             "time": CLEAN if is_clean else SCORED, "ms": ms, "is_baseline": _is_dense(own[tasks[0]])}
         )  # fmt: skip
     timed_rows = [row for row in found if row["ms"] is not None]
     if len(timed_rows) < 2:
@@ -62,6 +62,12 @@ def _front_at(place: tuple[str, int], scores: Sequence[Row], latency: Sequence[R
     best = on_front([row["score"] for row in timed_rows], [row["ms"] for row in timed_rows])
     front = {row["label"] for row, is_best in zip(timed_rows, best, strict=True) if is_best}
     return [{**row, "is_front": row["label"] in front} for row in found]
+
+
+def _is_dense(row: Row) -> bool:
+    """The unpatched model, or the control that computes the same."""
+    options = row.get("options") or []
+    return bool(row.get("is_baseline")) or (bool(options) and all(name == "dense" for entry in options for name in entry))
 
 
 def mean_score(rows: Sequence[Row], metric: str) -> tuple[float, float | None]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import accel
-from accel.errors import AccelError
+from accel.errors import NotFiniteError
 from accel.evals.album import Album
 from accel.evals.batched_scoring import score_batch
 from accel.evals.cached_scoring import Prefix, can_share, score_behind_cache, shared_prefix
@@ -40,8 +40,8 @@ Kin = tuple[str, int]
 class Measurer:
     """Measures samples of one run. behind_cache: whether text is scored behind a cache, as where one of the run's methods drops entries.
 
-    warmup: untimed passes before the first sample of each label and length that this process measures. peaks_at: on a CPU, where watching memory
-    takes time, the sample of each label and length in whose warm-up it is watched.
+    warmup: untimed passes before the first sample of each label, length and kind (with and without a reply) that this process measures. peaks_at: on
+    a CPU, where watching memory takes time, the sample of each label and length in whose warm-up it is watched.
     """
 
     loaded: LoadedModel
@@ -51,7 +51,7 @@ class Measurer:
     warmup: int = 0
     peaks_at: dict[Kin, SampleKey] = field(default_factory=dict)
     _prefix: Prefix | None = None
-    _is_warm: set[Kin] = field(default_factory=set)
+    _is_warm: set[tuple[str, int, bool]] = field(default_factory=set)
 
     def measure(self, keys: Sequence[SampleKey], samples: Sequence[AnySample], methods: Sequence[Method]) -> list[SampleRecord]:
         """Records of prompts of one task under one label, read together where they are several. The methods are taken off again."""
@@ -85,11 +85,12 @@ class Measurer:
         return self._prefix
 
     def _warm_up(self, keys: Sequence[SampleKey], samples: Sequence[AnySample], methods: Sequence[Method], prefix: Prefix | None) -> int | None:
-        """Runs the samples untimed where they are the first of their label and length; the growth of memory in it, where that is watched."""
+        """Runs the samples untimed where they are the first of their label, length and kind; the growth of memory in it, where that is watched."""
         kin = (keys[0].label, keys[0].tokens)
-        if kin in self._is_warm or not self.warmup:
+        kind = (*kin, bool(getattr(samples[0], "max_new_tokens", 0)))
+        if kind in self._is_warm or not self.warmup:
             return None
-        self._is_warm.add(kin)
+        self._is_warm.add(kind)
         is_watched = not self._is_on_gpu and self.peaks_at.get(kin) == keys[0]
         with track_peak(device_of(self.loaded.model)) if is_watched else nullcontext() as peak:
             for _ in range(self.warmup):
@@ -172,7 +173,7 @@ def place(key: SampleKey) -> str:
 def _as_fields(key: SampleKey, sample: Sample, scored: Scored) -> dict[str, Any]:
     """What a text sample adds to its record."""
     if not all(math.isfinite(p) for p in scored.log_probs):
-        raise AccelError(f"{key.label} gives log-probabilities that are not finite on {place(key)}, prompt {key.sample}")
+        raise NotFiniteError(f"{key.label} gives log-probabilities that are not finite on {place(key)}, prompt {key.sample}")
     depths = [a.depth for a in sample.answers]
     return {
         "n_tokens": sample.n_prompt or len(sample.input_ids), "log_prob": statistics.fmean(scored.log_probs), "exact": statistics.fmean(scored.hits),

@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from accel.errors import AccelError
 
 SCHEMA = 1
 SAMPLES = "samples.jsonl"
+# what the run was begun on; held by the process that adds to it
+MACHINE, LOCK = "machine.json", ".lock"
 # fields of a sample that differ between two runs of the same settings
 MEASURED = ("prefill_ms", "selection_ms", "ttft_ms", "tpot_ms", "e2el_ms", "energy_j", "peak_bytes", "memory")
 _PACKAGES = ("torch", "transformers", "triton", "vllm", "numpy")
@@ -128,14 +130,16 @@ class RunFolder:
         self.path = path
         self.config = config
         self._file = path / (f"samples-{part}.jsonl" if part else SAMPLES)
+        # closed with the folder, which lets others in
+        self._lock: TextIO | None = None
         self._hold(records)
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any], *, resume: bool = False) -> RunFolder:
         """Makes the folder and writes `config.yaml`; with `resume`, goes on with the samples of an earlier run of the same settings.
 
-        Raises AccelError as `check` does, and where the samples of an earlier run cannot be read. A last line that a kill left half-written is
-        taken off.
+        Raises AccelError as `check` does, where another process adds to the run, and where the samples of an earlier one cannot be read. A last line
+        that a kill left half-written is taken off.
         """
         import yaml
 
@@ -143,10 +147,13 @@ class RunFolder:
         cls.check(folder, plain, resume=resume)
         with _telling(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            lock = _held_alone(folder)
             records = _read_all(folder)
             _take_in_parts(folder, records)
         _write(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
-        return cls(folder, plain, records)
+        opened = cls(folder, plain, records)
+        opened._lock = lock
+        return opened
 
     @classmethod
     def join(cls, path: str | Path, config: Mapping[str, Any], *, part: int) -> RunFolder:
@@ -183,6 +190,15 @@ class RunFolder:
         if resume and (has_samples or settings.exists()):
             _same_settings(folder, yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.exists() else {}, config)
             _require_samples_kept(folder, config)
+
+    def changes_since_begun(self, machine: Mapping[str, str | None]) -> list[str]:
+        """A line for what is another now than when the run was begun, which is written down at the first call. machine: device and versions."""
+        file = self.path / MACHINE
+        begun: dict[str, str | None] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if not begun:
+            _write(file, json.dumps(dict(machine), indent=1) + "\n")
+        told = [f"{key} {begun[key]}, then {value}" for key, value in machine.items() if key in begun and begun[key] != value]
+        return [f"Begun and resumed with other things, which scores and times may depend on: {'; '.join(told)}."] if told else []
 
     @property
     def records(self) -> list[SampleRecord]:
@@ -388,3 +404,20 @@ def _write(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+
+
+def _held_alone(folder: Path) -> TextIO | None:
+    """A file that this process has locked until it is closed; None where the system has no locks. AccelError where another process has it."""
+    try:
+        import fcntl
+    except ImportError:     # not a Unix
+        return None
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise AccelError(f"another process is adding to {folder}: wait for its end, or stop it") from None
+    except OSError:         # a file system without locks
+        pass
+    return file

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from accel.evals.results import SampleRecord
-from accel.evals.timing_summary import spread, timings_of
+from accel.evals.timing_summary import prefills_of, spread, timings_of
 
 BASELINE = "dense"
 # prompts with more answers than this are texts, not questions
@@ -18,9 +18,9 @@ MOST_ANSWERS_SHOWN = 8
 def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplexity"]) -> dict[str, Any]:
     """One row from all samples of one task, length and method.
 
-    score: the share of right answers, or the perplexity of their tokens. n: answers. The standard error is taken over prompts, since the
-    answers of one prompt depend on each other; over answers where there is one prompt only; `stderr_over` tells which. kept_share: of the visual
-    tokens, as reached, a mean over the decoder layers. cache: as `cache_of` returns it.
+    score: the share of right answers, a mean over prompts, or the perplexity of their tokens. n: answers. The standard error is taken over prompts,
+    since the answers of one prompt depend on each other; over answers where there is one prompt only; `stderr_over` tells which. kept_share: of the
+    visual tokens, as reached, a mean over the decoder layers. cache: as `cache_of` returns it.
     """
     first = records[0]
     exact = _mean_and_error([r.hits for r in records])
@@ -54,7 +54,7 @@ def summarise(records: Sequence[SampleRecord], metric: Literal["exact", "perplex
         "visual_tokens": statistics.fmean(r.visual_tokens for r in records),
         "cache": cache_of(records),
         "calls": {"sparse": n_sparse, "dense": dense_calls},
-        "prefill_ms": spread([r.prefill_ms for r in records]),
+        "prefill_ms": spread(prefills_of(records)),
         "selection_ms": spread(selection),
         **timings_of(records),
         "hash": {"prompts": sorted({r.prompt_hash for r in records})},
@@ -113,10 +113,12 @@ def answer_rows(records: Sequence[SampleRecord]) -> list[dict[str, Any]]:
 
 
 def _mean_and_error(values: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Mean over all values, and its standard error: over the groups' means, or over the values of a single group. None for a single value."""
-    flat = [v for group in values for v in group]
-    units = [statistics.fmean(group) for group in values] if len(values) > 1 else flat
-    return statistics.fmean(flat), statistics.stdev(units) / math.sqrt(len(units)) if len(units) > 1 else None
+    """Mean over the groups' means and its standard error, or over the values of a single group. No error for a single value.
+
+    Prompts count the same however many answers they have, as they do where they are compared.
+    """
+    units = [statistics.fmean(group) for group in values] if len(values) > 1 else list(values[0])
+    return statistics.fmean(units), statistics.stdev(units) / math.sqrt(len(units)) if len(units) > 1 else None
 
 
 def _added(counts: Sequence[dict[str, int]]) -> dict[str, int]:

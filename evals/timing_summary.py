@@ -31,6 +31,12 @@ def timings_of(records: Sequence[SampleRecord]) -> dict[str, Any]:
     return {**found, "peak_bytes": max(peaks, default=None), "finish_reasons": dict(sorted(reasons.items())), "batch": most}
 
 
+def prefills_of(records: Sequence[SampleRecord]) -> list[float]:
+    """Prefill times, one of each batch; a last batch that is smaller than the others is left out."""
+    most = max(r.batch for r in records)
+    return [r.prefill_ms for r in _once_per_batch(records) if r.batch == most]
+
+
 def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Median, p20, p80 and n of some values; None of none."""
     if not values:

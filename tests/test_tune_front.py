@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from outsider import installed_toy
 
-from accel import OptionError, Recipe, UnsupportedError
+from accel import Recipe
+from accel.errors import AccelError, OptionError, UnsupportedError
 from accel.protocols import Choice, Uniform
 from accel.tune_front import FrontResult, Measured, choose, parse_search, search_space, tune_front
 
@@ -106,6 +107,16 @@ def test_refused_options_count_as_failed(tmp_path: Path) -> None:
     failed = json.loads((tmp_path / "run" / "trials.json").read_text())["failed"]
     assert {row["error"] for row in failed} == {"too large"}
     assert all(row["options"]["size"] > 32 for row in failed)
+
+
+def test_what_is_no_fault_of_the_options_ends_the_search(tmp_path: Path) -> None:
+    def full(method: Any) -> Measured:
+        raise AccelError("cannot write samples.jsonl: No space left on device")
+
+    with pytest.raises(AccelError, match="No space left"):
+        search(tmp_path / "run", 3, measure=full)
+    # and is tried again, the defaults first
+    assert search(tmp_path / "run", 3).rows[0]["is_default"]
 
 
 def test_a_search_where_all_fail_tells_why(tmp_path: Path) -> None:

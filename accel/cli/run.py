@@ -225,7 +225,7 @@ def _run(
     from accel.evals.models import load_model, reads_ahead
     from accel.evals.parallel import join_team, launcher_trap
     from accel.evals.report import require_packages
-    from accel.evals.results import RunFolder
+    from accel.evals.results import LOCK, MACHINE, SAMPLES, RunFolder
     from accel.evals.runner import check_run, model_info, require_batches, require_kinds, require_samples, run_accuracy, wanted_samples
 
     require_packages("scipy")
@@ -241,7 +241,7 @@ def _run(
     if settings["out"]:
         RunFolder.check(settings["out"], config, resume=bool(settings["resume"]))
     tell(changes)
-    may_hold = ("config.yaml", "samples.jsonl")
+    may_hold = ("config.yaml", SAMPLES, MACHINE, LOCK)
     path = team.agree(Path(settings["out"]) if settings["resume"] else free_folder("run", settings["out"], may_hold=may_hold))
     RunFolder.check(path, config, resume=bool(settings["resume"]))
     plan_controls(controls, variants)
@@ -259,6 +259,8 @@ def _run(
     team.wait()
     folder = RunFolder.create(path, config, resume=bool(settings["resume"])) if team.is_main else None
     team.wait()
+    if folder is not None:
+        notices += folder.changes_since_begun(_machine(loaded))
     folder = folder or RunFolder.join(path, config, part=team.index)
     team.wait()
     with _saying_what_is_saved(folder, tell):
@@ -279,6 +281,12 @@ def _run(
         if settings["batch_size"] > 1:
             notices.append(f"Prompts were read in batches of {settings['batch_size']}: prefill times, memory and densities are those of a batch.")
         return _finish(loaded, folder, wanted, planned, variants, settings, notices, dtype_reason=reason)
+
+
+def _machine(loaded: LoadedModel) -> dict[str, str | None]:
+    """What samples of one run should share, and times must: device, threads and versions."""
+    head = describe_run("run", "", loaded, {}, dtype_reason="")
+    return {"device": head["device"], **{key: head["env"].get(key) for key in ("accel", "git", "python", "torch", "transformers", "triton")}}
 
 
 def _config(

@@ -127,7 +127,8 @@ class _Counted(lmms):  # type: ignore[misc]
 
     def _counted(self, kind: str, run: Callable[[Any], list[Any]], requests: Sequence[Any]) -> list[Any]:
         if self.accel.handle is None:
-            return run(requests)
+            with _failures_raise(self.model, kind):
+                return run(requests)
         with self.accel.counting(kind, len(requests)), _failures_raise(self.model, kind):
             found = run(requests)
         # the one place in lmms-eval's results that a model can write to. It takes numbers; this entry adds no tokens and no time to its totals

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
+import json
 import random
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +27,10 @@ class Piece:
 def sample_rng(task: str, seed: int, index: int) -> random.Random:
     """Random numbers of one sample: the same in every process, and for every length, so that lengths can be compared."""
     return random.Random(f"{task}/{seed}/{index}")
+
+
+# of every prompt whose template tells one
+DATE = datetime.date(2026, 1, 1)
 
 
 def random_uuid(rng: random.Random) -> str:
@@ -53,9 +60,10 @@ def encode_parts(tokenizer: Any, text: str, parts: Sequence[str]) -> Piece:
 
 
 def opening(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before every text, or nothing."""
-    ids = tokenizer("a")["input_ids"]
-    return [ids[0]] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+    """The tokens that the tokenizer puts before every text, or nothing."""
+    ids, plain = tokenizer("a")["input_ids"], encode(tokenizer, "a")
+    starts = [i for i in range(len(ids) - len(plain) + 1) if ids[i : i + len(plain)] == plain]
+    return list(ids[: starts[0]]) if starts else []
 
 
 def filler(tokenizer: Any, units: Sequence[str], n_tokens: int, *, start: int, separator: str = " ") -> list[int]:
@@ -90,8 +98,20 @@ def chat_prompt(tokenizer: Any, turn: str, prefix: str) -> list[int]:
     """Token ids of the user's turn and the begun reply, in the model's chat template; where it has none, one below the other."""
     if tokenizer.chat_template is None:
         return [*opening(tokenizer), *encode(tokenizer, f"{turn}\n{prefix}")]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": turn}], chat_template=_dated(tokenizer.get_chat_template()), add_generation_prompt=True, tokenize=False,
+        date_string=f"{DATE:%d %b %Y}",
+    )  # fmt: skip
     return encode(tokenizer, text + prefix)
+
+
+def _dated(template: str) -> str:
+    """The template with a clock of its own, which stands still: one that tells the date would make other prompts tomorrow."""
+    formats = [format for _, format in re.findall(r"""strftime_now\(\s*(["'])(.*?)\1""", template)]
+    if not formats:
+        return template
+    dates = json.dumps({format: DATE.strftime(format) for format in formats})
+    return f"{{%- macro strftime_now(format) -%}}{{{{ {dates}[format] }}}}{{%- endmacro -%}}{template}"
 
 
 def chat_sample(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import write_bench, write_run
+from written_runs import write_bench, write_run
 
 from accel.cli.main import main
 
@@ -54,6 +54,12 @@ def test_a_gate_that_holds_and_one_that_fails(folders: list[str], tmp_path: Path
     assert f"> {sentence}" in (out / "compare.md").read_text()
     assert main(["compare", *folders, "--gate", "0.3", "--confidence", "0.95"]) == 1
     assert "cannot be ruled out (95%, one-sided" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["", " , "])
+def test_a_gate_without_a_margin_is_a_mistake(given: str, folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *folders, "--gate", given]) == 2
+    assert "names no margin" in capsys.readouterr().err
 
 
 def test_a_gate_on_what_dense_cannot_do_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from written_runs import write_bench, write_run
 
 from accel.errors import AccelError, OptionError, UnsupportedError
 from accel.evals.compare import _is_same, compare, display_names, read_sources
@@ -14,7 +15,6 @@ from accel.evals.compare_gate import failures, gate_notices, gate_rows, parse_ma
 from accel.evals.report import _accuracy_figures
 from accel.evals.report_comparisons import front_figures, front_table
 from accel.registry import build
-from runs import write_bench, write_run
 
 pytest.importorskip("scipy")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import write_bench, write_run
+from written_runs import write_bench, write_run
 
 from accel.evals.compare import compare, read_sources
 from accel.evals.compare_report import write_comparison

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -99,3 +102,25 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_anything_runs(tmp_pat
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(AccelError, match=f"no permission to write to {tmp_path}"):
         RunFolder.check(tmp_path / "deeper" / "r", CONFIG)
+
+
+def test_two_processes_cannot_add_to_one_run_at_once(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "r", {})
+    again = "from accel.evals.results import RunFolder; RunFolder.create({!r}, {{}}, resume=True)".format(str(tmp_path / "r"))
+
+    def other() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", again], capture_output=True, text=True, check=False)
+
+    assert f"another process is adding to {tmp_path / 'r'}" in other().stderr
+    del folder
+    gc.collect()
+    assert other().returncode == 0
+
+
+def test_what_has_changed_since_a_run_was_begun_is_told(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "r", {})
+    assert folder.changes_since_begun({"device": "Small, 1 threads", "torch": "2.13", "triton": None}) == []
+    again = RunFolder.create(tmp_path / "r", {}, resume=True)
+    assert again.changes_since_begun({"device": "Small, 1 threads", "torch": "2.13", "triton": None}) == []
+    [line] = again.changes_since_begun({"device": "Large, 9 threads", "torch": "2.13", "triton": "3.9"})
+    assert "device Small, 1 threads, then Large, 9 threads; triton None, then 3.9" in line

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import write_run
 from tiny_llama import byte_tokenizer, tiny_model
+from written_runs import write_run
 
 from accel.evals.compare import read_sources
 from accel.evals.models import LoadedModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ from tiny_llama import byte_tokenizer
 from accel.errors import OptionError, UnsupportedError
 from accel.evals.scenes import FAMILIES
 from accel.evals.tasks import Sample, card, expand_names, load_task, load_text_task, task_names
-from accel.evals.tasks._prompts import _most_that_fit, encode_parts, insert
+from accel.evals.tasks._prompts import _most_that_fit, chat_prompt, encode_parts, insert, opening
 from accel.evals.tasks._text import paragraphs, sentences
 from accel.evals.tasks._words import TOPICS
 
@@ -157,6 +158,23 @@ def test_the_longest_prompt_that_fits_is_found_whatever_the_units_are() -> None:
     for room in range(10, lengths[-1] + 5):
         found = _most_that_fit(lengths.__getitem__, 10, room, 200)
         assert found == max(k for k, n in enumerate(lengths) if n <= room)
+
+
+def test_a_template_that_tells_the_date_makes_the_same_prompt_every_day(chat_tokenizer: Any) -> None:
+    dated = "{{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%Y-%m-%d\") }} {{ date_string }} " + chat_tokenizer.chat_template
+    told = copy.deepcopy(chat_tokenizer)
+    told.chat_template = dated
+    prompt = told.decode(chat_prompt(told, "Who?", "It is"))
+    assert prompt.startswith("01 Jan 2026 2026-01-01 01 Jan 2026 <user>Who?")
+
+
+@pytest.mark.parametrize(("before", "found"), [([], []), ([7], [7]), ([7, 9], [7, 9])])
+def test_whatever_a_tokenizer_puts_before_a_text_opens_prompts(before: list[int], found: list[int]) -> None:
+    def tokenizer(text: str, *, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        # and a token behind it, which opens nothing
+        return {"input_ids": [*before, 5, 6, 2] if add_special_tokens else [5, 6]}
+
+    assert opening(tokenizer) == found
 
 
 # --- texts --------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from accel.evals import timing
 from accel.evals.results import SampleRecord
 from accel.evals.timing import Lap, Stopwatch, Times, energy_counter
-from accel.evals.timing_summary import timings_of
+from accel.evals.timing_summary import prefills_of, timings_of
 
 GPU = torch.device("cuda:1")
 
@@ -124,6 +124,13 @@ def test_the_times_of_a_last_batch_of_one_prompt_are_not_those_of_the_row() -> N
     records = [*(record(i, batch=2, prefill_ms=50.0 + i // 2) for i in range(4)), record(4, ttft_ms=9.0, tpot_ms=1.0, e2el_ms=12.0)]
     found = timings_of(records)
     assert (found["ttft_ms"], found["tpot_ms"], found["e2el_ms"], found["batch"]) == (None, None, None, 2)
+
+
+def test_prefills_are_those_of_whole_batches() -> None:
+    batches = [(8, 100.0)] * 8 + [(8, 120.0)] * 8 + [(1, 15.0)]
+    records = [record(i, batch=batch, prefill_ms=ms) for i, (batch, ms) in enumerate(batches)]
+    assert prefills_of(records) == [100.0, 120.0]
+    assert prefills_of([record(i, prefill_ms=7.0) for i in range(2)]) == [7.0, 7.0]
 
 
 def test_a_batch_is_counted_once_and_prompts_of_equal_time_are_not_taken_for_one() -> None:

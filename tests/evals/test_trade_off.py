@@ -34,6 +34,9 @@ def test_the_share_of_time_is_a_median_by_length_and_a_geometric_mean_over_lengt
     assert time_share([*dense, *mine]) == pytest.approx(0.25)
     slower = [replace(r, prefill_ms=3 * r.prefill_ms) for r in (*dense, *mine)]
     assert time_share(slower) == pytest.approx(0.25), "a machine that slows down slows both"
+    # a better dense kernel is not sold as sparsity
+    own = [timed("dense (accel)", 1024, i, ms) for i, ms in enumerate((5, 10, 5))] + [timed("dense (accel)", 2048, 0, 160)]
+    assert time_share([*dense, *own, *mine]) == pytest.approx((1.0 * 0.125) ** 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_a_search_from_the_shell_to_a_recipe_and_a_report(model: str, tmp_path: 
 
     samples = {file: file.read_bytes() for file in (out / "samples").glob("*/samples.jsonl")}
     assert len(samples) == 3
-    assert {line["label"] for data in samples.values() for line in map(json.loads, data.splitlines())} == {"dense", "trial"}
+    assert {line["label"] for data in samples.values() for line in map(json.loads, data.splitlines())} == {"dense", "dense (accel)", "trial"}
     assert tune(model, out, "--trials", "4", "--search", "precision=accurate|fast", "--margin", "0.5") == 1
     assert len(list((out / "samples").iterdir())) == 4
     assert {file: file.read_bytes() for file in samples} == samples, "what was measured is not measured again"
@@ -98,7 +101,7 @@ def test_samples_of_a_trial_that_was_cut_short_are_kept(model: str, tmp_path: Pa
     # equal options, as a search that goes on builds them anew
     measure(build("streaming_kv", {"keep": 0.5}))
     assert file.read_bytes().startswith(before)
-    assert len(file.read_bytes().splitlines()) == 4
+    assert len(file.read_bytes().splitlines()) == 6
     measure(build("streaming_kv", {"keep": 0.25}))
     assert len(list(tmp_path.glob("*/samples.jsonl"))) == 2
 

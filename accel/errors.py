@@ -21,5 +21,9 @@ class UnsupportedError(AccelError):
         super().__init__("\n  - ".join([message, *self.reasons]))
 
 
+class NotFiniteError(AccelError):
+    """A method or a model gives NaN or infinity where numbers are compared."""
+
+
 class PatchError(AccelError, RuntimeError):
     """A model cannot be patched or restored in its present state."""

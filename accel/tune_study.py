@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accel.errors import AccelError, UnsupportedError
+from accel.errors import NotFiniteError, OptionError, UnsupportedError
 from accel.protocols import Method
 from accel.tune_space import Space, holds, options_at, stored_value, suggest
 
@@ -63,7 +63,8 @@ def sampler(study: Any, seed: int) -> Any:
 
 
 def run_trial(study: Any, space: Space, default: Method, score: Callable[[dict[str, Any]], tuple[Sequence[float], Mapping[str, Any]]]) -> None:
-    """One trial. Options that the method or the model refuses count as failed; any other error ends the search.
+    """One trial. Options that the method or the model refuses, or that give NaN, count as failed. Any other error, such as a full disk, ends the
+    search.
 
     score(options) → a value per direction of the study, and plain values to keep with the trial.
     """
@@ -76,10 +77,10 @@ def run_trial(study: Any, space: Space, default: Method, score: Callable[[dict[s
                 suggest(trial, option, values)
         found, kept = score(options_of(trial, space, default))
         if wrong := [value for value in found if not math.isfinite(value)]:
-            raise AccelError(f"the score is {wrong[0]}")
+            raise NotFiniteError(f"the score is {wrong[0]}")
         for name, value in kept.items():
             trial.set_user_attr(name, value)
-    except AccelError as error:
+    except (OptionError, UnsupportedError, NotFiniteError) as error:
         trial.set_user_attr("error", str(error))
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
     except Exception:

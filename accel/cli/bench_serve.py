@@ -85,6 +85,8 @@ def _result(
         "Servers ran one after the other, each once: what else the machine did meanwhile is in the numbers.",
         "vLLM's random prompts are random tokens, which attend to nothing in particular: text has another density, and so another speed.",
     ]
+    if (workers := max(row.get("workers", 1) for row in rows)) > 1:
+        limits.append(f"Attention calls are added up over {workers} workers, each of which has its own heads or layers; visual tokens are not.")
     # texts are in the clients' files
     serving = [{key: value for key, value in row.items() if key != "texts"} for row in rows]
     return {**found, "serving": serving, "notices": list(dict.fromkeys(notices)), "limits": limits}

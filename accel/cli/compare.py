@@ -40,6 +40,8 @@ def main(args: argparse.Namespace) -> int:
     if args.confidence is not None and not args.gate:
         raise OptionError("--confidence says how sure --gate has to be; give a margin with --gate")
     margins = parse_margins(args.gate or [])
+    if args.gate and not margins:
+        raise OptionError(f"--gate {' '.join(map(repr, args.gate))} names no margin; give one, such as 0.02 or needle=0.02,fewshot=0.05")
     require_packages("scipy")
     if args.out:
         _check_folder(Path(args.out))

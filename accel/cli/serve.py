@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Serves until it is told to end; 0 then. What is wrong without vLLM is told first, what is wrong with the model before weights are loaded."""
     methods = given_methods(args.method, args.recipe)
-    if not any(not word.startswith("-") for word in args.more):
+    if not any(not word.startswith("-") or word.startswith(("--model=", "--config=")) for word in args.more):
         raise OptionError("name the model to serve, as in: accel serve smollm2 --method powerattention")
     from accel.patches.hosts.vllm.launch import serve
 

@@ -41,6 +41,12 @@ def test_the_beginning_of_our_flag_is_vllm_s(served: list[dict[str, Any]]) -> No
     assert served[0]["words"] == ["M", "--rec", "x"]
 
 
+@pytest.mark.parametrize("words", [["--model=M"], ["--model", "M"], ["--config", "c.yaml"], ["--config=c.yaml", "--port", "1"]], ids=" ".join)
+def test_a_model_may_be_named_by_a_flag_or_in_vllm_s_file(words: list[str], served: list[dict[str, Any]]) -> None:
+    assert main(["serve", *words]) == 0
+    assert served[0]["words"] == words
+
+
 def test_without_a_method_vllm_serves_as_it_is(served: list[dict[str, Any]]) -> None:
     assert main(["serve", "M"]) == 0
     assert served[0]["methods"] == []
@@ -58,6 +64,7 @@ def test_a_recipe_gives_the_methods(served: list[dict[str, Any]], tmp_path: Path
     [
         ([], "name the model to serve"),
         (["--method", "streaming"], "name the model to serve"),
+        (["--enforce-eager", "--port=1"], "name the model to serve"),
         (["M", "--method", "streming"], "did you mean 'streaming'"),
         (["M", "--method", "streaming", "--recipe", "r.yaml"], "do not go together"),
         (["M", "--recipe", "no.yaml"], "cannot read the recipe no.yaml"),
@@ -65,7 +72,7 @@ def test_a_recipe_gives_the_methods(served: list[dict[str, Any]], tmp_path: Path
         (["M", "--method", "fastv"], "in the middle of the model"),
         (["M", "--method", "streaming", "--method", "flexprefill"], "at most one sparse-attention method"),
     ],
-    ids=["no_model", "method_only", "unknown", "both", "no_file", "cache", "layers", "two"],
+    ids=["no_model", "method_only", "flags_only", "unknown", "both", "no_file", "cache", "layers", "two"],
 )
 def test_a_wrong_word_is_told_without_vllm(words: list[str], message: str, served: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", *words]) == 2
@@ -155,6 +162,14 @@ def test_a_benchmark_in_which_nothing_ran_sparse_says_so(
     assert main([*WORDS, "--out", str(tmp_path / "r")]) == 0
     assert "nothing ran sparse; this compares dense with dense" in capsys.readouterr().out
     assert "nothing ran sparse" in (tmp_path / "r" / "report.md").read_text()
+
+
+def test_a_report_on_several_workers_says_what_was_added_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Played(monkeypatch, [client_result(20.0, ["a", "b"]), client_result(10.0, ["a", "b"])])
+    counted = {"workers": 2, "sparse_calls": 18, "dense_calls": {}, "density": 0.5, "visual_tokens": 0, "kept_tokens": 0}
+    monkeypatch.setattr(bench, "own_metrics", lambda url: counted)
+    assert main([*WORDS, "--out", str(tmp_path / "r")]) == 0
+    assert "Attention calls are added up over 2 workers" in (tmp_path / "r" / "report.md").read_text()
 
 
 def test_other_prompts_are_no_comparison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,3 +155,40 @@ def test_vllm_s_own_model_is_not_served_by_accident() -> None:
 
     with pytest.raises(OptionError, match="name the model"):
         parse(["--max-model-len", "64"])
+
+
+@pytest.mark.parametrize("form", ["two_words", "one_word", "flag"])
+def test_a_model_may_be_named_by_a_flag_or_in_vllm_s_file(tmp_path: Path, form: str) -> None:
+    from accel.patches.hosts.vllm.launch import apply_methods, parse
+
+    file = tmp_path / "c.yaml"
+    file.write_text("model: small-vlm\nmax-model-len: 64\n")
+    words = {"two_words": ["--config", str(file)], "one_word": [f"--config={file}"], "flag": ["--model=small-vlm", "--max-model-len", "64"]}
+    _, args = parse(words[form])
+    apply_methods(args, [])
+    assert args.max_model_len == 64
+    assert args.served_model_name == ["small-vlm"]
+    assert Path(args.model_tag, "config.json").exists()
+
+
+def test_a_file_that_names_no_model_is_told(tmp_path: Path) -> None:
+    from accel.patches.hosts.vllm.launch import parse
+
+    file = tmp_path / "c.yaml"
+    file.write_text("max-model-len: 64\n")
+    with pytest.raises(OptionError, match="No model specified"):
+        parse(["--config", str(file)])
+
+
+def test_what_a_recipe_changed_is_not_shared_with_other_servers(config_only: str, small_vlm: str) -> None:
+    [reason] = reasons(config_only, SPARSE, kv_transfer_config={"kv_connector": "NixlConnector", "kv_role": "kv_both"})
+    assert reason.startswith("kv_transfer_config is given")
+    connector = {"ec_connector": "ECExampleConnector", "ec_role": "ec_producer"}
+    [reason] = reasons(small_vlm, accel.FasterVLM(keep=0.25), ec_transfer_config=connector)
+    assert reason.startswith("ec_transfer_config is given")
+
+
+def test_text_that_was_embedded_outside_would_leave_with_visual_tokens(small_vlm: str) -> None:
+    given = {"dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False}
+    [reason] = reasons(small_vlm, accel.DyVTE(exit_layer=4), **given, enable_prompt_embeds=True)
+    assert reason.startswith("enable_prompt_embeds is given: ")

@@ -182,6 +182,33 @@ def test_what_cannot_run_is_refused_at_construction(llava: Twin, method: Any, op
         pass
 
 
+def test_features_made_elsewhere_stay_whole_where_a_requests_keep_has_no_say(llava: Twin) -> None:
+    """An engine of such a recipe did not start: the pictures that memory is measured by asked for keep=1.0."""
+    rows = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(0))
+    one = prompt(5, [picture(64, 64, 9)], 7, seed=9)
+    with llava.serve(accel.VFlowOpt(r1=0.5, r3=1.0), enable_mm_embeds=True) as llm:
+        [place] = llm.llm_engine.renderer.mm_processor.get_dummy_mm_inputs({"image": 1})["mm_placeholders"]["image"]
+        assert place.length == 256
+        assert greedy(llm, [one, {**one, "multi_modal_data": {"image": rows}}])[1] == [15 + 128, 15 + 40]
+        with pytest.raises(ValueError, match="has no say"):
+            greedy(llm, asking([one], 0.5))
+
+
+@pytest.mark.parametrize("is_on", [False, True], ids=["off", "on"])
+def test_text_embedded_outside_is_refused_where_pictures_bring_positions(*, is_on: bool) -> None:
+    from types import SimpleNamespace
+
+    from accel.patches.hosts.vllm.models.qwen2_5_vl import AccelQwen2_5_VLForConditionalGeneration
+
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, enable_dbo=False, ubatch_size=0), speculative_config=None,
+        model_config=SimpleNamespace(enable_prompt_embeds=is_on),
+        compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(has_full_cudagraphs=lambda: False)),
+    )  # fmt: skip
+    found = AccelQwen2_5_VLForConditionalGeneration.pruning_reasons(None, config)
+    assert [reason.split(":")[0] for reason in found] == ["enable_prompt_embeds is on"] * is_on
+
+
 def test_videos_lose_tokens_frame_by_frame(twins: Callable[[str], Twin]) -> None:
     """Beside a picture in one prompt. Of few frames: vLLM and transformers number what follows long videos differently."""
     qwen = twins("qwen2_5_vl")

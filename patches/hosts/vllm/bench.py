@@ -92,24 +92,35 @@ def run_client(model: str, url: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def own_metrics(url: str) -> dict[str, Any]:
-    """Our counters of a patched server, added up over its workers."""
+    """Our counters of a patched server, as `counters` joins them."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        return counters(answer.read().decode())
+
+
+def counters(text: str) -> dict[str, Any]:
+    """Our counters in the text of `/metrics`. Calls are added up over workers, which have their own heads; density is weighted by their calls.
+
+    Every worker counts every picture: visual tokens are those of the worker that saw most.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
-    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
     samples = [s for family in text_string_to_metric_families(text) for s in family.samples if s.name.startswith("accel_")]
 
-    def total(name: str) -> float:
-        return float(sum(s.value for s in samples if s.name == name))
+    def by_worker(name: str) -> dict[str, float]:
+        return {s.labels["worker"]: float(s.value) for s in samples if s.name == name}
 
-    density = [s.value for s in samples if s.name == "accel_attention_density"]
+    sparse, density = by_worker("accel_sparse_calls_total"), by_worker("accel_attention_density")
+    visual, kept = by_worker("accel_visual_tokens_total"), by_worker("accel_visual_tokens_kept_total")
+    most = max(visual, key=lambda worker: visual[worker], default="")
+    n_calls = sum(sparse[worker] for worker in density)
     dense: dict[str, int] = {}
     for s in samples:
         if s.name == "accel_dense_calls_total":
             dense[s.labels["reason"]] = dense.get(s.labels["reason"], 0) + int(s.value)
     return {
-        "sparse_calls": int(total("accel_sparse_calls_total")), "dense_calls": dense, "density": sum(density) / len(density) if density else None,
-        "visual_tokens": int(total("accel_visual_tokens_total")), "kept_tokens": int(total("accel_visual_tokens_kept_total")),
+        "workers": len(sparse), "sparse_calls": int(sum(sparse.values())), "dense_calls": dense,
+        "density": sum(share * sparse[worker] for worker, share in density.items()) / n_calls if n_calls else None,
+        "visual_tokens": int(visual.get(most, 0)), "kept_tokens": int(kept.get(most, 0)),
     }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def prepare(model: str, methods: Sequence[Method], given: Mapping[str, Any]) -> 
     architecture = str(config.hf_config.architectures[0])
     reasons = [_of(m, reason) for m in methods for reason in m.supports(info, HOST, [o for o in methods if o is not m])]
     reasons += [*_layer_reasons(methods, info), *_attention_reasons(methods, config, given), *_picture_reasons(methods, config, given)]
+    reasons += connector_reasons(methods, given)
     _refuse(f"cannot serve {model} with {names}:", reasons)
     replacement = ARCHITECTURES.get(architecture) if any(isinstance(m, TokenPruning) for m in methods) else None
     return engine_options(methods, {**given, **_chosen_backend(methods, config, given)}, replacement.name if replacement else None)
@@ -57,6 +58,22 @@ def model_config(model: str, given: Mapping[str, Any]) -> Any:
         return compat.EngineArgs(**{**about_model, "model": model}).create_model_config()
     except (OSError, ValueError) as error:
         raise UnsupportedError(f"vLLM cannot take the model {model!r}:", [_first_line(error)]) from error
+
+
+def connector_reasons(methods: Sequence[Method], given: Mapping[str, Any]) -> Iterable[str]:
+    """Why these options would share with other servers what a recipe has changed. What is shared is found by hashes that do not know the recipe."""
+    # the name of an option, where one is given; LMCache is a server of its own, which others may ask too
+    has_lmcache = given.get("kv_offloading_size") and given.get("kv_offloading_backend") == "lmcache"
+    if name := "kv_transfer_config" if given.get("kv_transfer_config") else "kv_offloading_backend" if has_lmcache else None:
+        yield (
+            f"{name} is given: keys and values are handed on under hashes of tokens and pictures, and a server without this recipe has others under "
+            "the same hashes; leave it out"
+        )
+    if given.get("ec_transfer_config") and any(isinstance(m, TokenPruning) for m in methods):
+        yield (
+            "ec_transfer_config is given: encoded pictures are handed on under hashes of their pixels, and a server without this recipe has other "
+            "rows under the same hashes; leave it out"
+        )
 
 
 def _layer_reasons(methods: Sequence[Method], info: ModelInfo) -> Iterable[str]:
@@ -94,17 +111,19 @@ def _backend_reason(config: Any, asked: str | None) -> str | None:
     if asked is not None and asked not in CUDA_BACKENDS:
         return f"attention_backend is {asked}, and accel stands in front of {' and '.join(CUDA_BACKENDS)}; leave it out to have one chosen"
     candidates = CUDA_BACKENDS if asked is None else (asked,)
-    return None if _fitting(candidates, config) else f"heads of {size} in {config.dtype} fit none of {', '.join(candidates)} on this GPU"
+    spans = ", with pictures whose tokens see each other," if config.is_mm_prefix_lm else ""
+    return None if _fitting(candidates, config) else f"heads of {size} in {config.dtype}{spans} fit none of {', '.join(candidates)} on this GPU"
 
 
 def _fitting(candidates: Sequence[str], config: Any) -> list[str]:
-    """Those of the backends that take this model's heads and dtype on this GPU."""
+    """Those of the backends that take this model's heads, dtype and spans without a causal mask on this GPU: vLLM does not start with another one."""
     capability = compat.current_platform.get_device_capability()
     backends = {name: compat.AttentionBackendEnum[name].get_class() for name in candidates}
     size, dtype = config.get_head_size(), config.dtype
     return [
         name for name, backend in backends.items()
         if backend.supports_head_size(size) and backend.supports_dtype(dtype) and backend.supports_compute_capability(capability)
+        and (backend.supports_mm_prefix() or not config.is_mm_prefix_lm)
     ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ class Engine:
     pruned: names of the pruning methods that the model which was built runs. steps: by reason, forward passes that passed a method by.
     notices: what users must know of the methods in this engine, beyond what each says of the model.
     exit_rows: rows of all passes that came to the layer in front of which visual tokens leave ("before"), and that went on ("behind").
+    is_warm: whether vLLM has warmed up, and the counters are those of requests.
     """
 
     info: ModelInfo
@@ -32,6 +33,7 @@ class Engine:
     steps: Counter[str] = field(default_factory=Counter)
     notices: set[str] = field(default_factory=set)
     exit_rows: Counter[str] = field(default_factory=Counter)
+    is_warm: bool = False
 
     @property
     def attention(self) -> SparseAttention | None:
@@ -42,6 +44,14 @@ class Engine:
     def pruning(self) -> tuple[TokenPruning, ...]:
         """The pruning methods, in their order."""
         return tuple(m for m in self.methods if isinstance(m, TokenPruning))
+
+    def forget_warm_up(self) -> None:
+        """Sets the counters back, once."""
+        if not self.is_warm:
+            self.is_warm = True
+            self.stats.reset()
+            self.steps.clear()
+            self.exit_rows.clear()
 
     def problems(self) -> list[str]:
         """Why this worker does not run what was asked for; empty where it does."""

@@ -54,9 +54,14 @@ def parse(words: Sequence[str]) -> tuple[Any, Any]:
     parser = compat.FlexibleArgumentParser(prog="accel", description="vLLM's own flags")
     command = compat.ServeSubcommand()
     command.subparser_init(parser.add_subparsers(dest="subparser"))
-    # the parser looks for --config behind the name of the command
-    args = parser.parse_args([command.name, *words])
-    if args.model_tag is None and not any(word.split("=")[0] == "--model" for word in words):
+    # the parser looks for --config behind the name of the command, and for its file in a word of its own
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    try:
+        args = parser.parse_args([command.name, *words])
+    except ValueError as error:
+        raise OptionError(f"vLLM: {error}") from error
+    # of a file without a model the parser has complained
+    if args.model_tag is None and "--config" not in words:
         # vLLM would serve a model of its own choice
         raise OptionError("name the model to serve, as in: accel serve smollm2 --method powerattention")
     return command, args

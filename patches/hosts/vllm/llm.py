@@ -41,7 +41,7 @@ class LLM(compat.LLM):
         self.methods = tuple(_methods(method, recipe))
         path = pretrained_path(model)
         super().__init__(path, **(prepare(path, self.methods, options) if self.methods else options))
-        reports = self.reports()
+        reports: list[Report] = list(self.collective_rpc("accel_ready")) if self.methods else []
         reasons = why_not_served(reports, [m.method_name() for m in self.methods]) if self.methods else []
         if reasons:
             self.llm_engine.engine_core.shutdown()

@@ -49,7 +49,7 @@ class AccelMiddleware:
         names = [m.method_name() for m in read_options(client.vllm_config.additional_config)]
         reports: list[Report | None] = []
         try:
-            reports = await ask_workers(client)
+            reports = await ask_workers(client, "accel_ready")
             reasons = why_not_served(reports, names)
         except Exception as error:  # whatever keeps workers from answering, what they run is not known
             reasons = [f"the workers could not be asked: {type(error).__name__}: {error}"]
@@ -99,13 +99,13 @@ def _watched(receive: Receive, client: Any) -> Receive:
     return wrapped
 
 
-async def ask_workers(client: Any) -> list[Report | None]:
-    """What every worker of every engine behind this server reports."""
+async def ask_workers(client: Any, question: str = "accel_report") -> list[Report | None]:
+    """What every worker of every engine behind this server reports. question: the method of the worker."""
     ask_all = getattr(client.engine_core, "call_utility_all_async", None)
     if ask_all is None:
-        return list(await client.collective_rpc("accel_report"))
+        return list(await client.collective_rpc(question))
     # with several engines (data parallelism) collective_rpc gives the answer of the first alone
-    answers = await ask_all("collective_rpc", "accel_report", None, (), None)
+    answers = await ask_all("collective_rpc", question, None, (), None)
     return [report for answer in answers for report in answer]
 
 

@@ -20,3 +20,9 @@ class AccelWorker:
             return None
         note_foreign_layers(self.vllm_config, engine)
         return engine.report()
+
+    def accel_ready(self) -> dict[str, Any] | None:
+        """The same, asked before the first request: what was counted until then was vLLM warming up. Another server of this engine may ask again."""
+        if (engine := engine_of(self.vllm_config)) is not None:
+            engine.forget_warm_up()
+        return self.accel_report()

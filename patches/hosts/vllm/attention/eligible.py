@@ -56,11 +56,18 @@ def note(engine: Engine, index: int, reason: str | None) -> None:
 def note_chunks(engine: Engine, rule: LayerRule, config: Any) -> None:
     """Tells the engine where prompts are planned chunk by chunk though whole ones would be planned otherwise."""
     longest, scheduler = config.model_config.max_model_len, config.scheduler_config
-    if scheduler.enable_chunked_prefill and not is_static(rule, config) and rule.why_dense(longest, longest) is None:
+    if scheduler.enable_chunked_prefill and follows_chunks(rule, longest) and rule.why_dense(longest, longest) is None:
         engine.notices.add(
             f"{rule.method.method_name()} plans the chunks that the scheduler cuts, up to {scheduler.max_num_batched_tokens} tokens and fewer beside "
             "other requests; enable_chunked_prefill=False plans prompts whole"
         )
+
+
+def follows_chunks(rule: LayerRule, longest: int) -> bool:
+    """Whether a prompt in chunks is planned otherwise than a whole one: from its keys, or by a pattern that depends on how many queries come."""
+    method, n = rule.method, max(1, longest // 2)
+    whole = method.static_pattern(rule.step(longest, longest))
+    return whole is None or whole != method.static_pattern(rule.step(n, longest))
 
 
 def note_never_sparse(engine: Engine, rules: Sequence[LayerRule], longest: int) -> None:
@@ -93,8 +100,15 @@ def note_foreign_layers(config: Any, engine: Engine) -> None:
 
 
 def layer_index(name: str) -> int:
-    """The number of the decoder layer in the name of an attention layer; −1 where there is none."""
+    """The number of the decoder layer in the name of an attention layer; −1 where there is none, as in drafts, which number their own layers."""
+    if is_draft(name):
+        return -1
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
+
+def is_draft(name: str) -> bool:
+    """Whether an attention layer belongs to what drafts tokens: a model of its own, or heads for several tokens (multi-token prediction)."""
+    return name.startswith("draft") or any(part.startswith("mtp") for part in name.split("."))
 
 
 def _layer(engine: Engine, method: SparseAttention, layer: Any, index: int, builder: Any, why: str | None) -> SparseLayer:
@@ -143,8 +157,8 @@ def why_never(layer: Any, index: int, config: Any, n_layers: int, device: torch.
         (cached != dtype, f"keys in {cached}, queries in {dtype}"),
         (layer.head_size_v != layer.head_size, "values of another size than keys"),
         (impl.dcp_world_size > 1 or impl.pcp_world_size > 1, "context parallelism"),
+        (is_draft(layer.layer_name), "draft model"),
         (not 0 <= index < n_layers, "no layer of the model: a draft, or of another tower"),
-        (layer.layer_name.startswith("draft"), "draft model"),
     ]
     no_executor = why_no_executor(device, dtype)
     is_wide = device.type == "cuda" and layer.head_size > TRITON_MAX_HEAD_DIM

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,17 @@ KEEP = "keep"       # the option of a method, and of a request
 # what carries a request's own to the model, beside its pictures
 FIELDS: dict[Modality, str] = {"image": "accel_image_keep", "video": "accel_video_keep"}
 _LARGE = Unit(0, 10_000, 100, 100)
-_AS_ASKED, _SHARE, _COUNT = 0.0, 1.0, 2.0
+_AS_ASKED, _SHARE, _COUNT, _WHOLE = 0.0, 1.0, 2.0, 3.0
+
+
+class Whole(StrEnum):
+    """Our own request that nothing leaves, whatever the recipe. vLLM hashes it as the word; a user's word is no member, and is refused."""
+
+    WHOLE = "whole"
+
+
+# what may stand where a request has its keep
+Asked = float | int | Whole | None
 
 
 @dataclass(frozen=True)
@@ -32,8 +43,11 @@ class FrontPruning:
     config: Any
     family: VisionFamily
 
-    def asked(self, keep: float | int | None = None) -> TokenPruning | None:
+    def asked(self, keep: Asked = None) -> TokenPruning | None:
         """The bound method, with another `keep` where a request has one; None where nothing leaves. ValueError for what a request cannot ask."""
+        if isinstance(keep, Whole):
+            # recipes in which keep has no say, or does not mean what leaves here, let all stay as well
+            return None
         method = self.method
         if keep is not None:
             if not self.has_keep:
@@ -174,13 +188,17 @@ def example(config: Any) -> dict[str, Any]:
 # --- a request's own keep, on its way from the processor to the model ------------------------------------------------------------
 
 
-def keep_row(keep: float | int | None) -> Tensor:
-    """(2,) fp64: what a request asks for, or that it asks for nothing."""
+def keep_row(keep: Asked) -> Tensor:
+    """(2,) fp64: what a request asks for, that it asks for nothing, or that all stays."""
+    if isinstance(keep, Whole):
+        return torch.tensor([_WHOLE, 0.0], dtype=torch.float64)
     kind = _AS_ASKED if keep is None else _COUNT if isinstance(keep, int) else _SHARE
     return torch.tensor([kind, float(keep or 0)], dtype=torch.float64)
 
 
-def kept_of(row: Tensor) -> float | int | None:
+def kept_of(row: Tensor) -> Asked:
     """What `keep_row` was given."""
     kind, value = row.tolist()
+    if kind == _WHOLE:
+        return Whole.WHOLE
     return None if kind == _AS_ASKED else int(value) if kind == _COUNT else float(value)

@@ -22,6 +22,7 @@ _IN_USE = {
     "enable_lora": "adapters are chosen row by row for all rows of a step, and fewer reach the layers behind the exit",
     "enable_dbo": "halves of a batch run at a time, and the exit keeps one step in mind",
     "kv_sharing_fast_prefill": "it drops rows of its own",
+    "enable_prompt_embeds": "in a prompt with a picture embedded text is marked as visual tokens are, and would leave with them; drop it",
 }
 
 
@@ -75,5 +76,6 @@ def resolved_options(vllm_config: Any) -> dict[str, Any]:
         "enable_lora": vllm_config.lora_config is not None,
         "enable_dbo": parallel.enable_dbo,
         "kv_sharing_fast_prefill": cache.kv_sharing_fast_prefill,
+        "enable_prompt_embeds": vllm_config.model_config.enable_prompt_embeds,
         **{name: getattr(parallel, name) for name in _ONE},
     }

@@ -16,11 +16,8 @@ from accel.errors import AccelError, OptionError
 from accel.patches.hosts.transformers.pruning.vision import Modality
 from accel.patches.hosts.vllm.compat import MULTIMODAL_REGISTRY, MultiModalFieldConfig, PromptUpdateDetails
 from accel.patches.hosts.vllm.engine import describe
-from accel.patches.hosts.vllm.models.counts import FIELDS, KEEP, FrontPruning, front_pruning, keep_row, kept_of
+from accel.patches.hosts.vllm.models.counts import FIELDS, KEEP, FrontPruning, Whole, front_pruning, keep_row, kept_of
 from accel.patches.hosts.vllm.options import read_options
-
-# features that somebody made outside stay whole: nobody has seen what they are of
-WHOLE = 1.0
 
 
 class PrunedProcessor:
@@ -41,7 +38,7 @@ class PrunedProcessor:
         found = super().get_dummy_inputs(*args, **kwargs)   # type: ignore[misc]
         if self.pruning is None:
             return found
-        return dataclasses.replace(found, hf_processor_mm_kwargs={**found.hf_processor_mm_kwargs, KEEP: WHOLE})
+        return dataclasses.replace(found, hf_processor_mm_kwargs={**found.hf_processor_mm_kwargs, KEEP: Whole.WHOLE})
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         keep, rest = self._taken(hf_kwargs)
@@ -52,7 +49,8 @@ class PrunedProcessor:
                     is_made = f"{modality}_embeds" in found
                     if is_made and keep is not None:
                         raise ValueError(f"{KEEP}={keep!r}, but the {modality}'s features were made outside: pass the pixels, or leave it out")
-                    found[FIELDS[modality]] = torch.stack([keep_row(WHOLE if is_made else keep)] * len(items))
+                    # features that somebody made outside stay whole: nobody has seen what they are of
+                    found[FIELDS[modality]] = torch.stack([keep_row(Whole.WHOLE if is_made else keep)] * len(items))
         return found
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> Mapping[str, Any]:

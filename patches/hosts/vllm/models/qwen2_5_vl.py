@@ -46,6 +46,8 @@ class AccelQwen2_5_VLForConditionalGeneration(ExitMixin, PrunedMixin, Qwen2_5_VL
             found.append("parts of a batch run at a time (enable_dbo, ubatch_size), and positions are made for whole ones")
         if vllm_config.speculative_config is not None:
             found.append("speculative_config is set: a draft model is not told the positions of the tokens that stay")
+        if vllm_config.model_config.enable_prompt_embeds:
+            found.append("enable_prompt_embeds is on: embedded text comes among the rows of pictures, without the positions behind those; drop it")
         mode = vllm_config.compilation_config.cudagraph_mode
         if mode.has_full_cudagraphs():
             found.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from accel import DyVTE, FlexPrefill, RandomTokens
 from accel.errors import AccelError
 from accel.patches.hosts.vllm.host import plain_vlm
 from accel.patches.hosts.vllm.models.compaction import Departed, Step, check_slots, shortened
-from accel.patches.hosts.vllm.models.exit_checks import exit_layer, why_not
+from accel.patches.hosts.vllm.models.exit_checks import exit_layer, resolved_options, why_not
 from accel.protocols import Keep, ModelInfo, PruningContext, Stage, TokenPruning, Unit
 
 BLOCK = 4
@@ -229,6 +230,7 @@ def test_the_first_exit_counts_and_other_stages_are_none() -> None:
         ({"enable_lora": True}, "adapters"),
         ({"enable_dbo": True}, "enable_dbo"),
         ({"kv_sharing_fast_prefill": True}, "fast_prefill"),
+        ({"enable_prompt_embeds": True}, "embedded text"),
     ],
 )  # fmt: skip
 def test_options_that_stand_in_the_way_of_an_exit_are_named(change: dict[str, Any], word: str) -> None:
@@ -238,6 +240,24 @@ def test_options_that_stand_in_the_way_of_an_exit_are_named(change: dict[str, An
     assert word in reason
     # nobody leaves, nobody minds
     assert why_not([RandomTokens(keep=0.5)], VLM, change) == []
+
+
+def test_an_engine_that_is_being_built_has_the_options_that_were_asked_for_beforehand() -> None:
+    parallel = dict.fromkeys(("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size", "ubatch_size"), 1)
+    cache = {"enable_prefix_caching": False, "kv_offloading_size": None, "kv_sharing_fast_prefill": False}
+    no = SimpleNamespace(name="NONE")
+
+    def built(*, enable_prompt_embeds: bool) -> Any:
+        return SimpleNamespace(
+            model_config=SimpleNamespace(enable_prompt_embeds=enable_prompt_embeds), cache_config=SimpleNamespace(**cache), lora_config=None,
+            parallel_config=SimpleNamespace(enable_dbo=False, **parallel), kv_transfer_config=None, speculative_config=None,
+            compilation_config=SimpleNamespace(mode=no, cudagraph_mode=no),
+        )  # fmt: skip
+
+    exit_at = [DyVTE(exit_layer=9)]
+    assert why_not(exit_at, VLM, resolved_options(built(enable_prompt_embeds=False))) == []
+    [reason] = why_not(exit_at, VLM, resolved_options(built(enable_prompt_embeds=True)))
+    assert reason.startswith("enable_prompt_embeds is given: ")
 
 
 def test_sparse_attention_and_windows_stand_in_the_way_of_an_exit() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import accel
+from accel.patches.hosts.vllm import worker as workers
 from accel.patches.hosts.vllm.engine import Engine
 from accel.patches.hosts.vllm.host import plain_vlm
 from accel.patches.hosts.vllm.metrics import joined_stats, report_text, why_not_served
@@ -82,3 +83,29 @@ def test_visual_tokens_and_passes_left_alone_are_told() -> None:
     text = report_text((accel.FasterVLM(keep=0.25),), [engine.report()])
     assert "visual tokens: 25 of 100 left in 1 prompts (25.0%" in text
     assert text.endswith("3 forward passes left as they were (no picture)")
+
+
+def test_what_was_counted_while_vllm_warmed_up_is_forgotten_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(plain_vlm(), (STREAMING,), patched={1})
+    monkeypatch.setattr(workers, "engine_of", lambda config: engine)
+    monkeypatch.setattr(workers, "note_foreign_layers", lambda config, engine: None)
+    mine = workers.AccelWorker()
+    mine.vllm_config = None
+
+    def work() -> None:
+        engine.stats.layer(1).sparse_calls += 2
+        engine.stats.tokens.patches += 64
+        engine.steps["replayed"] += 1
+        engine.exit_rows["before"] += 64
+
+    def counted(report: Any) -> tuple[Any, ...]:
+        return report["sparse_calls"], report["tokens"]["visual"], report["left_alone"], report["exit_rows"]
+
+    work()
+    first = mine.accel_ready()
+    assert counted(first) == (0, 0, {}, {})
+    assert first is not None
+    assert first["patched_layers"] == [1]
+    work()
+    # a second API server of the same engine
+    assert counted(mine.accel_ready()) == counted(mine.accel_report()) == (2, 64, {"replayed": 1}, {"before": 64})

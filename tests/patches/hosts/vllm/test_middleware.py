@@ -14,6 +14,8 @@ from accel.patches.hosts.vllm.options import KEY
 from accel.recipe import Recipe
 
 RECIPE = Recipe((accel.Streaming(min_seq_len=0),))
+# what workers were asked
+asked: list[str] = []
 GOOD = {"methods": ["streaming"], "problems": []}
 
 
@@ -21,13 +23,14 @@ GOOD = {"methods": ["streaming"], "problems": []}
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "refused", [])
     monkeypatch.setattr(middleware, "died", [])
+    asked.clear()
 
 
 def client(reports: Any, *, errored: bool = False, told_to_end: bool = False) -> Any:
     """An engine client whose workers report this; an exception is raised instead."""
 
     async def collective_rpc(method: str) -> Any:
-        assert method == "accel_report"
+        asked.append(method)
         if isinstance(reports, Exception):
             raise reports
         return reports
@@ -62,6 +65,7 @@ def lifespan(engine: Any) -> list[str]:
 def test_patched_workers_start_the_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert lifespan(client([GOOD])) == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     assert (middleware.refused, middleware.died) == ([], [])
+    assert asked == ["accel_ready"]
     assert "every worker runs streaming" in capsys.readouterr().err
 
 
@@ -97,6 +101,7 @@ def test_workers_of_all_engines_are_asked() -> None:
     engine = client([GOOD])
     engine.engine_core.call_utility_all_async = all_engines
     assert asyncio.run(middleware.ask_workers(engine)) == [GOOD, None]
+    assert not asked
 
 
 def test_other_requests_pass_untouched() -> None:

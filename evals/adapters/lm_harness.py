@@ -36,8 +36,8 @@ class AccelHF(HFLM):  # type: ignore[misc]
     the dense baseline. require_effect: fail where a method had no effect. Everything else as in `HFLM`. Raises OptionError and UnsupportedError.
 
     Scores of continuations: a sparse method sees context and continuation in one pass, as `HFLM` scores them. A method that drops cache entries
-    would have nothing to do there, so it drops them behind the context, and the continuation is read token by token; dense is read in one pass, so that
-    in 16 bits their difference holds rounding too. lm-eval's own cache of responses (`use_cache`) does not know of methods: one file per recipe.
+    would have nothing to do there, so it drops them behind the context, and the continuation is read token by token; dense is read in one pass, so
+    that in 16 bits their difference holds rounding too. lm-eval's own cache of responses (`use_cache`) knows no methods: take a file per recipe.
     """
 
     def __init__(

@@ -53,8 +53,8 @@ def compared(
     rows = []
     for label, other in pairs:
         both = pair_up(by_label.get(label, []), by_label.get(other, []))
-        cells = dict.fromkeys((a.task, a.tokens) for a, _ in both)
-        for task, tokens in cells:
+        tasks = list(dict.fromkeys(a.task for a, _ in both))
+        for task, tokens in sorted({(a.task, a.tokens) for a, _ in both}, key=lambda cell: (tasks.index(cell[0]), cell[1])):
             cell = [pair for pair in both if (pair[0].task, pair[0].tokens) == (task, tokens)]
             rows.append({"task": task, "tokens": tokens, "label": label, "other": other, **paired_test(cell, is_log_prob=task in log_prob_tasks)})
         scored = [pair for pair in both if pair[0].task not in log_prob_tasks]

@@ -34,7 +34,7 @@ def run(model: str, *words: str) -> int:
 def test_one_command_leaves_a_whole_folder_and_a_table(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model, "--out", str(tmp_path / "r")) == 0
     names = {path.name for path in (tmp_path / "r").iterdir()}
-    assert names == {"config.yaml", "samples.jsonl", "result.json", "report.md", "report.html"}
+    assert names == {".lock", "config.yaml", "machine.json", "samples.jsonl", "result.json", "report.md", "report.html"}
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     labels = ["dense", "flexprefill", "streaming (same density)", "random_blocks (same density)"]
     assert [row["label"].replace(SPARSE, "").split("(min")[0] for row in result["scores"]] == labels

@@ -45,7 +45,7 @@ def run_accuracy(
     lengths: of text prompts; tasks about pictures have none. controls: names of methods that run beside the others at the same budget (controls.py).
     limit: stops after so many new samples. Samples already in `folder` are not run again. Each method is taken off again. shares_prefill: dense and
     methods that drop cache entries go on from one unpatched prefill of each text prompt, where they can (cached_scoring.py). batch_size: text prompts
-    read together (batched_scoring.py). warmup: untimed passes before the first sample of each label and length.
+    read together (batched_scoring.py). warmup: untimed passes before the first sample of each label, length and kind.
     team: the processes among which the prompts are shared out; this one measures its own, and the rows are those of what its `folder` holds.
     """
     team = team or Team()

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, help="stop after so many new samples; the exit code is 1 while some are missing")
     together = "text prompts read together, padded; scores stay those of single prompts, times are of the batch (default: 1)"
     parser.add_argument("--batch-size", type=int, metavar="N", help=together)
-    warm = "untimed passes before the first sample of each label and length, in which peak memory on a CPU is measured (default: 1)"
+    warm = "untimed passes before the first sample of each label and length, with a reply and without; they tell peak memory on a CPU (default: 1)"
     parser.add_argument("--warmup", type=int, help=warm)
     again = "or the config.yaml of a run, which is then run again in --out, sample for sample"
     parser.add_argument("--config", help=f"a YAML file with any of these settings, {again}; flags override it")

@@ -19,7 +19,7 @@ from accel.evals.models import LoadedImageModel, LoadedVisionModel, embedded_nam
 from accel.evals.models.small_vlm.load import WEIGHTS
 from accel.evals.models.smollm2 import load as smollm2
 from accel.evals.runner import check_run
-from accel.evals.tasks._text import paragraphs
+from accel.evals.tasks._text import help_topics
 from accel.recipe import Recipe
 
 
@@ -214,7 +214,7 @@ def test_the_embedded_model_is_a_language_model() -> None:
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert loaded.tokenizer.decode([int(loaded.model(ids).logits[0, -1].argmax())]) == " Paris"
-        text = loaded.tokenizer(" ".join(paragraphs()[:20]), return_tensors="pt")["input_ids"][:, :600]
+        text = loaded.tokenizer(" ".join(help_topics()[:20]), return_tensors="pt")["input_ids"][:, :600]
         loss = torch.nn.functional.cross_entropy(loaded.model(text).logits[0, :-1], text[0, 1:])
     # measured 2.77; with the halves of the rotary weights permuted wrongly, the classical slip of GGUF readers, 5.42
     assert float(loss) < 3.5

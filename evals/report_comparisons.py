@@ -17,9 +17,10 @@ _TIMED_WHILE_SCORED = (
 )
 
 _HOW_COMPARED = (
-    "First minus second on the same prompts; “all”: over every task and length, prompts made from one draw counted once. Better : worse: prompts on "
-    "which the first scored above, and below, the second; only these tell anything. p: how often a difference as large, in either direction, would "
-    "be seen if there were none; exact McNemar test where a prompt is one hit or miss, otherwise over all ways to flip the signs of whole prompts. "
+    "First minus second on the same prompts; “all”: over every length and every task with a score, perplexities left out, prompts made from one draw "
+    "counted once. Better : worse: prompts on which the first scored above, and below, the second; only these tell anything. p: how often a "
+    "difference as large, in either direction, would be seen if there were none; exact McNemar test where a prompt is one hit or miss, otherwise "
+    "over all ways to flip the signs of whole prompts. "
     f"Interval: paired bootstrap over prompts, from {FEWEST_UNITS} of them on."
 )
 _LOG_PROBS = "Log-prob: the difference in nats ± s.e., where the score is another."

@@ -115,9 +115,15 @@ def accuracy_table(scores: Sequence[Row]) -> Table:
         text_columns=(0, 2, len(headers) - 1),
         quiet_rows=frozenset(i for i, s in enumerate(scores) if s.get("is_baseline")),
         group_starts=_changes([(s["task"], s.get("tokens")) for s in scores]),
-        caption="log-prob: mean log-probability of the right answer, in nats; nearer to 0 is better. "
+        caption=f"n: answers.{_perplexities(scores)} Log-prob: mean log-probability of the right answer, in nats; nearer to 0 is better. "
         f"Density: share of the causal tiles that were computed, as reached and not as asked for.{_CACHE if whole else ''}",
     )
+
+
+def _perplexities(scores: Sequence[Row]) -> str:
+    """Which tasks have another score than shares of right answers."""
+    graded = dict.fromkeys(s["task"] for s in scores if s["score"].get("name") == "perplexity")
+    return f" Of {', '.join(graded)} the score is a perplexity of their tokens, the answers: lower is better." if graded else ""
 
 
 def _log_prob(s: Row, *, has_error: bool) -> str:
@@ -144,7 +150,7 @@ def answer_table(answers: Sequence[Row]) -> Table:
         [question, expected, *(_answer_cell(given.get(label), expected) for label in labels)]
         for (_, question, expected), given in by_question.items()
     ]
-    caption = "✓ right, ✗ wrong; in brackets the log-probability of the right answer."
+    caption = "The first prompt of each task and length. ✓ right, ✗ wrong; in brackets the log-probability of the right answer."
     return Table(["question", "expected", *labels], rows, text_columns=tuple(range(len(labels) + 2)), caption=caption)
 
 

@@ -385,7 +385,7 @@ def _changes(earlier: Mapping[str, Any], config: Mapping[str, Any], settings: Ma
     if not changed or not settings["resume"]:
         return ""
     told = "; ".join(f"{name} was {earlier[name]}, is {config.get(name, 'none')}" for name in changed)
-    return f"accel: the run goes on with other settings ({told}); samples beyond them stay in its folder and out of its tables"
+    return f"accel: the run goes on with other settings ({told}); samples that these leave out stay in its folder and out of its tables"
 
 
 def _go_on(folder: RunFolder) -> str:

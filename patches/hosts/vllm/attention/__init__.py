@@ -8,7 +8,7 @@ builder that passes everything on.
   sparse requests of a layer then go through one plan and one call of our kernels; vLLM's attention is given only those that stay dense.
 - Keys and values are read from the paged cache, prefixes written by other requests included.
 - A prompt in chunks is planned chunk by chunk. Static patterns lie on absolute blocks, so that chunks change nothing but the requests that count
-  as too short; but where a window is as wide as a density asks for (streaming:density=…), each chunk has one of its own. A pattern found from the
+  as too short; but where a window is as wide as a density asks for, each chunk has one of its own. A pattern found from the
   keys follows the last queries of each chunk. The scheduler cuts wherever the budget of a step ends; `enable_chunked_prefill=False` plans every
   prompt whole. The report has a notice where this makes a difference.
 - Decoding by a static pattern needs no kernel: pages.py leaves the pattern's pages in the block table, in memory that captured graphs go on

@@ -1,4 +1,4 @@
-"""The length from which a sparse method pays on this machine: measured by `accel tune crossover`, read by every method."""
+"""The length from which a sparse method pays: measured here by `accel tune crossover`, else shipped for the GPU's architecture, else a default."""
 
 from __future__ import annotations
 
@@ -26,14 +26,42 @@ DEFAULT_TOKENS = {"cpu": 4096, "cuda": 16384}
 NEVER_TOKENS = 1_000_000_000
 
 
+# Measured on GPUs by `scripts/gpu_check.sh` and put here by `scripts/ship_crossovers.py`; an architecture that is missing was not measured.
+SHIPPED_FILE = Path(__file__).with_name("crossovers.json")
+
+
 def crossover_file() -> Path:
-    """Where measured crossovers live; `ACCEL_CACHE` overrides the folder."""
+    """Where this machine's measured crossovers live; `ACCEL_CACHE` overrides the folder."""
     return cache_folder() / "crossover.json"
 
 
-def crossover_key(method_name: str, *, device: str, dtype: str, head_dim: int) -> str:
-    """Name of one measurement in the file: what the crossover depends on most."""
-    return f"{method_name}/{device}/{dtype}/d{head_dim}"
+def crossover_key(method: SparseAttention, *, device: str, dtype: str, head_dim: int) -> str:
+    """Name of one measurement: what the crossover depends on most. `flexprefill:gamma=0.9/sm_90/bfloat16/d128`.
+
+    Options at their defaults are left out, and those that say which calls run sparse rather than how.
+    """
+    changed = {name: value for name, value in method.changed_options().items() if name not in method.reach_options}
+    options = ":" + ",".join(f"{name}={value}" for name, value in changed.items()) if changed else ""
+    return f"{method.method_name()}{options}/{_where(device, dtype, head_dim)}"
+
+
+@cache
+def architecture(device: str) -> str:
+    """`sm_90` for the current NVIDIA GPU, else the device as torch calls it: lengths differ more between GPUs than between processors."""
+    if device != "cuda":
+        return device
+    import torch
+
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return device
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+@cache
+def shipped_crossovers() -> dict[str, int]:
+    """Crossovers that were measured on GPUs and come with accel, by `crossover_key`."""
+    return _read(SHIPPED_FILE)
 
 
 @cache
@@ -67,9 +95,23 @@ def record_crossover(key: str, tokens: int) -> Path:
 
 
 def crossover_tokens(method: SparseAttention, step: AttentionStep) -> int:
-    """Keys from which `method` is expected to beat dense attention here: measured, or else a cautious default."""
-    key = crossover_key(method.method_name(), device=step.device, dtype=step.dtype, head_dim=step.head_dim)
-    return measured_crossovers().get(key, DEFAULT_TOKENS.get(step.device, DEFAULT_TOKENS["cuda"]))
+    """Keys from which `method` is expected to beat dense attention here: measured with its options, or else a cautious default.
+
+    What was measured with the method's default options proves nothing of others, but makes the default more cautious where it is longer.
+    Shapes and options only: nothing is read from the device.
+    """
+    known = shipped_crossovers() | measured_crossovers()
+    default = DEFAULT_TOKENS.get(step.device, DEFAULT_TOKENS["cuda"])
+    if not known:
+        return default
+    exact = known.get(crossover_key(method, device=step.device, dtype=step.dtype, head_dim=step.head_dim))
+    if exact is not None:
+        return exact
+    return max(default, known.get(f"{method.method_name()}/{_where(step.device, step.dtype, step.head_dim)}", 0))
+
+
+def _where(device: str, dtype: str, head_dim: int) -> str:
+    return f"{architecture(device)}/{dtype}/d{head_dim}"
 
 
 def _is_length(value: Any) -> bool:

@@ -208,7 +208,7 @@ class AttentionContext:
 class SparseAttention(Method):
     """Chooses the key blocks that each block of queries reads.
 
-    min_seq_len: dense below this many keys. None means this machine's measured crossover (`accel tune crossover`).
+    min_seq_len: dense below this many keys. None means the measured crossover of these options (`accel tune crossover`), or else a cautious default.
     dense_layers: layer indices kept dense.
     dense_kernel: what runs the calls left dense: the model's own attention, or, on a CPU, ours.
     precision: "accurate" computes scores in fp32; "fast" computes bf16 scores in bf16 on a CPU (as eager attention does).
@@ -216,6 +216,8 @@ class SparseAttention(Method):
 
     kind: ClassVar[str] = "sparse_attention"
     trainable: ClassVar[bool] = False               # whether gradients flow through the attention it plans
+    # options that say which calls run sparse, not what such a call costs: a measured crossover holds for all their values
+    reach_options: ClassVar[frozenset[str]] = frozenset({"min_seq_len", "dense_layers", "dense_kernel"})
 
     min_seq_len: int | None = None
     dense_layers: tuple[int, ...] = ()

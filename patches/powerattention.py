@@ -33,6 +33,7 @@ class PowerAttention(SparseAttention):
 
     trainable: ClassVar[bool] = True
     needs_training: ClassVar[str | None] = "quality depends on adapting the model to this mask; unmodified models lose much in retrieval"
+    reach_options: ClassVar[frozenset[str]] = SparseAttention.reach_options | {"is_adapted", "apply_to", "full_layers"}
 
     block_size: int = 256
     window_blocks: int = 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from accel import FlexPrefill
+from accel import FlexPrefill, PowerAttention, crossover
 from accel.crossover import DEFAULT_TOKENS, crossover_file, crossover_key, crossover_tokens, measured_crossovers, record_crossover
 from accel.errors import AccelError, OptionError
 from accel.protocols import AttentionStep
 
-KEY = crossover_key("flexprefill", device="cpu", dtype="float32", head_dim=64)
+KEY = crossover_key(FlexPrefill(), device="cpu", dtype="float32", head_dim=64)
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,68 @@ def test_recorded_length_decides_for_its_own_head_size_only() -> None:
     record_crossover(KEY, 300)
     assert crossover_tokens(FlexPrefill(), step(9)) == 300
     assert crossover_tokens(FlexPrefill(), step(9, head_dim=128)) == DEFAULT_TOKENS["cpu"]
+
+
+def test_recorded_length_holds_for_the_options_it_was_measured_with() -> None:
+    fast = FlexPrefill(gamma=0.8)
+    record_crossover(crossover_key(fast, device="cpu", dtype="float32", head_dim=64), 300)
+    assert crossover_tokens(fast, step(9)) == 300
+    assert crossover_tokens(FlexPrefill(gamma=0.8, dense_layers=(0,), dense_kernel="accel"), step(9)) == 300
+    assert crossover_tokens(FlexPrefill(), step(9)) == DEFAULT_TOKENS["cpu"]
+    assert crossover_tokens(FlexPrefill(gamma=0.8, precision="fast"), step(9)) == DEFAULT_TOKENS["cpu"]
+
+
+@pytest.mark.parametrize(("measured", "expected"), [(300, DEFAULT_TOKENS["cpu"]), (9000, 9000)], ids=["shorter", "longer"])
+def test_what_was_measured_with_the_default_options_can_only_make_others_more_cautious(measured: int, expected: int) -> None:
+    record_crossover(KEY, measured)
+    assert crossover_tokens(FlexPrefill(gamma=0.99), step(9)) == expected
+
+
+def test_options_that_say_which_calls_run_sparse_do_not_tell_lengths_apart() -> None:
+    where = {"device": "cpu", "dtype": "float32", "head_dim": 64}
+    adapted = PowerAttention(is_adapted=True, apply_to="prefill", full_layers="none", min_seq_len=0)
+    assert crossover_key(adapted, **where) == "powerattention/cpu/float32/d64"  # type: ignore[arg-type]
+    wide = PowerAttention(window_blocks=9, block_size=128)
+    assert crossover_key(wide, **where) == "powerattention:block_size=128,window_blocks=9/cpu/float32/d64"  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = {"flexprefill/sm_90/float32/d64": 8192, "flexprefill:gamma=0.9/sm_90/float32/d64": 5000, "flexprefill/sm_80/float32/d64": 7}
+    monkeypatch.setattr(crossover, "architecture", lambda device: "sm_90" if device == "cuda" else device)
+    monkeypatch.setattr(crossover, "shipped_crossovers", lambda: shipped)
+
+
+@pytest.mark.usefixtures("some_gpu")
+def test_a_length_that_comes_with_accel_holds_for_its_architecture_until_this_machine_was_measured() -> None:
+    assert crossover_tokens(FlexPrefill(), step(9, device="cuda")) == 8192
+    assert crossover_tokens(FlexPrefill(gamma=0.9), step(9, device="cuda")) == 5000
+    assert crossover_tokens(FlexPrefill(gamma=0.8), step(9, device="cuda")) == DEFAULT_TOKENS["cuda"]
+    assert crossover_tokens(FlexPrefill(), step(9)) == DEFAULT_TOKENS["cpu"]
+    record_crossover("flexprefill/sm_90/float32/d64", 3000)
+    assert crossover_tokens(FlexPrefill(), step(9, device="cuda")) == 3000
+
+
+def test_the_table_that_comes_with_accel_can_be_read(recwarn: pytest.WarningsRecorder) -> None:
+    crossover.shipped_crossovers.cache_clear()
+    assert crossover.SHIPPED_FILE.is_file()
+    assert all(re.fullmatch(r"\w+(:[^/]+)?/sm_\d+/\w+/d\d+", key) for key in crossover.shipped_crossovers())
+    assert not recwarn.list
+
+
+def test_an_architecture_is_asked_of_torch_only_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    crossover.architecture.cache_clear()
+    assert crossover.architecture("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert crossover.architecture("cuda") == "cuda"
+    crossover.architecture.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    assert crossover.architecture("cuda") == "sm_100"
+    crossover.architecture.cache_clear()
 
 
 def test_method_runs_dense_below_the_measured_crossover_and_a_number_overrides_it() -> None:

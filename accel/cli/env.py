@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
 def describe() -> dict[str, Any]:
     """Everything `accel env` knows, as plain values."""
     from accel import __version__
-    from accel.crossover import DEFAULT_TOKENS, crossover_file, measured_crossovers
+    from accel.crossover import crossover_file, measured_crossovers
     from accel.settings import cache_folder
 
     required = {name: _version(name) for name in REQUIRED}
@@ -69,11 +69,21 @@ def describe() -> dict[str, Any]:
         "accelerators": _accelerators(),
         "CPU kernel": cpu_choice(),
         "crossover, tokens": {
-            **{f"{device} (default)": tokens for device, tokens in DEFAULT_TOKENS.items()},
+            **_expected_crossovers(),
             **(measured_crossovers() or {"measured": f"none in {crossover_file()}; measure with: accel tune crossover --help"}),
         },
         "missing": [name for name, version in required.items() if version is None],
     }
+
+
+def _expected_crossovers() -> dict[str, Any]:
+    """What applies where nothing was measured on this machine: lengths shipped for its GPU's architecture, and the defaults."""
+    from accel.crossover import DEFAULT_TOKENS, architecture, shipped_crossovers
+
+    gpu = architecture("cuda")
+    shipped = {f"{key} (comes with accel)": tokens for key, tokens in shipped_crossovers().items() if f"/{gpu}/" in key}
+    unknown = {} if shipped or gpu == "cuda" else {f"{gpu} (comes with accel)": "not measured"}
+    return {**{f"{device} (default)": tokens for device, tokens in DEFAULT_TOKENS.items()}, **shipped, **unknown}
 
 
 def _version(distribution: str) -> str | None:

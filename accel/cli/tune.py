@@ -183,11 +183,11 @@ def _crossover(settings: Mapping[str, Any]) -> int:
     print(recipe.note)
     print(f"wrote {recipe.save(path)}")
     tokens = recipe.methods[0].options()["min_seq_len"]
-    key = crossover_key(method.method_name(), device=info.device, dtype=info.dtype, head_dim=info.head_dim)
+    key = crossover_key(method, device=info.device, dtype=info.dtype, head_dim=info.head_dim)
     # beyond the longest prompt nothing was measured: the other models of this machine must not stay dense for ever
     recorded = max(lengths[-1] + 1, DEFAULT_TOKENS.get(info.device, 0)) if tokens == NEVER_TOKENS else tokens
     file = record_crossover(key, recorded)
-    print(f"recorded {key}: {recorded} tokens in {file}; {method.method_name()} with min_seq_len=None uses it from now on")
+    print(f"recorded {key}: {recorded} tokens in {file}; {method.method_name()} with these options and min_seq_len=None uses it from now on")
     return 0
 
 

@@ -15,9 +15,10 @@ from xml.etree import ElementTree
 
 import torch
 
+from accel.evals.gpu.bars import Row, bars_table
 from accel.evals.gpu.bench import Lab, Sizes, benches, run_benches
 from accel.evals.gpu.checks import Profile, checks, run_check
-from accel.evals.gpu.report import Record, Row, bars_table, copies_folder, environment, result_path
+from accel.evals.gpu.report import Record, copies_folder, environment, result_path
 from accel.evals.gpu.timing import CudaTimer, DeviceLostError, clocks
 
 FOLDER = Path(__file__).resolve().parents[1] / "results" / "gpu"

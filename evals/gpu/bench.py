@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from accel.errors import UnsupportedError
+from accel.evals.gpu.bars import bench_name
 from accel.evals.gpu.cases import Call, Prompt, Work, lines_of_density, lists_of_density, paged, work_of
 from accel.evals.gpu.checks import decode, prefill
 from accel.evals.gpu.contestants import (
@@ -23,7 +24,7 @@ from accel.evals.gpu.contestants import (
     sdpa_decode,
 )
 from accel.evals.gpu.head_groups import GroupCall, LastScale, bench_group_decode, bench_last_scale
-from accel.evals.gpu.report import Record, bench_name
+from accel.evals.gpu.report import Record
 from accel.evals.gpu.timing import Comparison, DeviceLostError, Run, Timer, clocks, compare, host_us, reason
 from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, ImplicitPlan, Ragged, block_sparse_attention
 from accel.kernels.flex_index import SelectionRule, flex_index
@@ -44,6 +45,8 @@ class Sizes:
     main_tokens: int = 32 * 1024
     long_tokens: int = 128 * 1024
     other_tokens: tuple[int, ...] = (8 * 1024, 64 * 1024, 16 * 1024, 4 * 1024, 256 * 1024)
+    crossover_tokens: tuple[int, ...] = (16 * 1024, 8 * 1024, 32 * 1024, 4 * 1024)
+    other_gammas: tuple[float, ...] = (0.9,)
     head_dims: tuple[int, ...] = (128, 64, 256)
     batches: tuple[int, ...] = (16, 64, 1)
     decode_tokens: int = 32 * 1024
@@ -123,6 +126,12 @@ def benches(s: Sizes) -> list[Bench]:
             Bench(bench_name("flexprefill", n, first), 12, partial(bench_flexprefill, n=n, head_dim=first))
             for n in s.other_tokens if n < s.many_tokens
         ),
+        # what else decides from which length FlexPrefill pays: the head size and gamma
+        *(Bench(bench_name("flexprefill", n, second), 12, partial(bench_flexprefill, n=n, head_dim=second)) for n in s.crossover_tokens),
+        *(
+            Bench(f"{bench_name('flexprefill', n, first)} gamma {gamma}", 12, partial(bench_flexprefill, n=n, head_dim=first, gamma=gamma))
+            for n in s.crossover_tokens for gamma in s.other_gammas
+        ),
         Bench("pages", 15, bench_pages),
         Bench("other executors", 60, bench_executors),
     ]  # fmt: skip
@@ -200,7 +209,8 @@ def bench_prefill(lab: Lab, name: str, *, n: int, head_dim: int, is_main: bool) 
     found = lab.compare(runs)
     for what, times in found.times.items():
         work = work_of(plans.get(what), n, n_heads)
-        lab.record.add(name, what, times, **_facts(prompt, work, times.median))
+        method = _method("powerattention", s) if what == "power" else {}
+        lab.record.add(name, what, times, **_facts(prompt, work, times.median), **method)
     shape = f"{n} tokens, heads {n_heads}/{prompt.k.shape[1]}, head_dim {head_dim}, {_dtype(s.dtype)}, batch 1"
     lab.about = f"{shape}; lists and lines of blocks of {s.block}; power: {_power(s.power)}."
 
@@ -218,18 +228,19 @@ def bench_tiles(lab: Lab, name: str, *, n: int, head_dim: int) -> None:
     lab.about = f"Query rows × keys per step; lists at 25 %, {n} tokens, head_dim {head_dim}, {_dtype(s.dtype)}. Fastest first."
 
 
-def bench_flexprefill(lab: Lab, name: str, *, n: int, head_dim: int) -> None:
+def bench_flexprefill(lab: Lab, name: str, *, n: int, head_dim: int, gamma: float | None = None) -> None:
     """FlexPrefill's selection and its kernel, apart and together, beside dense attention on the same prompt."""
     s, prompt = lab.sizes, lab.prompt(n, head_dim, is_lifelike=True)
+    rule = s.rule if gamma is None else replace(s.rule, gamma=gamma)
     call, n_heads = prompt.call, prompt.q.shape[1]
-    plan = _select(call, s).plan
+    plan = _select(call, rule).plan
     out, _ = call.buffers()
 
     def both() -> None:
-        prefill(call, _select(call, s).plan, out, None)
+        prefill(call, _select(call, rule).plan, out, None)
 
     runs = dense_runs(prompt, wants_flex=False)
-    runs |= {"selection": lambda: _select(call, s), "kernel": prefill_run(call, plan), "selection and kernel": both}
+    runs |= {"selection": lambda: _select(call, rule), "kernel": prefill_run(call, plan), "selection and kernel": both}
     found = lab.compare(runs)
     for what, times in found.times.items():
         facts = _facts(prompt, work_of(plan if "kernel" in what else None, n, n_heads), times.median)
@@ -237,10 +248,12 @@ def bench_flexprefill(lab: Lab, name: str, *, n: int, head_dim: int) -> None:
             del facts["tflops"]
         if what == "selection":
             del facts["density"]
+        if what == "selection and kernel":
+            facts |= _method("flexprefill" if gamma is None else f"flexprefill:gamma={gamma}", s)
         lab.record.add(name, what, times, **facts)
     lab.about = (
-        f"{n} tokens of lifelike structure, heads {n_heads}/{prompt.k.shape[1]}, head_dim {head_dim}, gamma {s.rule.gamma}, tau {s.rule.tau}, "
-        f"min_budget {s.rule.min_budget}."
+        f"{n} tokens of lifelike structure, heads {n_heads}/{prompt.k.shape[1]}, head_dim {head_dim}, gamma {rule.gamma}, tau {rule.tau}, "
+        f"min_budget {rule.min_budget}."
     )
 
 
@@ -298,7 +311,7 @@ def bench_launch(lab: Lab, name: str) -> None:
         "public function, prefill": (api(call, out), True),
         "public function, decode": (api(step, step_out), True),
         "public function, head groups": (groups.run, False),
-        "selection": (partial(_select, call, s), False),
+        "selection": (partial(_select, call, s.rule), False),
     }
     for what, (run, is_layer) in runs.items():
         try:
@@ -361,8 +374,8 @@ def _replay(lab: Lab, run: Run) -> Run:
     return replay
 
 
-def _select(call: Call, s: Sizes) -> Any:
-    return flex_index(call.q, call.keys, call.lens, rule=s.rule, scale=call.scale, impl="triton")
+def _select(call: Call, rule: SelectionRule) -> Any:
+    return flex_index(call.q, call.keys, call.lens, rule=rule, scale=call.scale, impl="triton")
 
 
 def _facts(prompt: Prompt, work: Work, ms: float) -> dict[str, Any]:
@@ -370,6 +383,11 @@ def _facts(prompt: Prompt, work: Work, ms: float) -> dict[str, Any]:
         "tokens": prompt.n, "heads": list(prompt.q.shape[1:2]) + list(prompt.k.shape[1:2]), "head_dim": prompt.q.shape[2],
         "density": work.density, "tflops": work.tflops(prompt.q.shape[2], ms),
     }  # fmt: skip
+
+
+def _method(label: str, s: Sizes) -> dict[str, Any]:
+    """Marks the row of a whole method, selection included: from these the lengths are read from which it pays."""
+    return {"method": label, "dtype": _dtype(s.dtype)}
 
 
 def _dtype(dtype: torch.dtype) -> str:

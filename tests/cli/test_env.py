@@ -51,6 +51,22 @@ def test_a_missing_requirement_fails_with_the_command_to_run(monkeypatch: pytest
     assert "-m pip install no-such-package" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("shipped", "expected"),
+    [({}, {"sm_90 (comes with accel)": "not measured"}), ({"m/sm_90/x/d1": 5, "m/sm_80/x/d1": 6}, {"m/sm_90/x/d1 (comes with accel)": 5})],
+    ids=["not_measured", "measured"],
+)
+def test_on_a_gpu_the_lengths_of_its_architecture_are_listed(
+    shipped: dict[str, int], expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accel import crossover
+    from accel.cli.env import describe
+
+    monkeypatch.setattr(crossover, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(crossover, "shipped_crossovers", lambda: shipped)
+    assert {key: value for key, value in describe()["crossover, tokens"].items() if "comes with accel" in key} == expected
+
+
 def test_measured_crossovers_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from accel import crossover
 

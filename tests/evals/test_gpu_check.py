@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,20 @@ import torch
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
+import accel
+from accel.crossover import crossover_key
 from accel.evals.gpu import __main__ as gpu_check
 from accel.evals.gpu import contestants as gpu_contestants
+from accel.evals.gpu.bars import BARS, DENSE, bars, bars_table, best_dense
 from accel.evals.gpu.bench import Bench, Lab, Sizes, benches, run_benches
 from accel.evals.gpu.cases import Call, Prompt, lines_of_density, lists_of_density, random_plan, work_of
 from accel.evals.gpu.checks import Check, Profile, Skipped, check_error, checks, run_check
-from accel.evals.gpu.report import BARS, DENSE, Record, bars, bars_table, best_dense, markdown, result_path, with_ratios
+from accel.evals.gpu.crossovers import crossovers
+from accel.evals.gpu.report import Record, markdown, result_path, with_ratios
 from accel.evals.gpu.timing import DeviceLostError, HostTimer, Times, compare, host_us
 from accel.kernels.block_sparse import ImplicitPlan, PagedKeys, block_sparse_attention, flex_executor
 from accel.kernels.block_sparse.naive import naive_attention
+from accel.protocols import AttentionStep
 
 ROOT = Path(gpu_check.__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -180,6 +186,50 @@ def test_a_bar_can_be_missed_and_a_missing_number_is_not_measured():
 def test_bars_name_benchmarks_and_contestants_that_exist():
     names = {bench.name for bench in benches(Sizes())}
     assert {r["bench"] for r in rows_that_meet_every_bar()} <= names
+
+
+def whole_method(bench: str, method: str, ms: float, dense_ms: float, *, tokens: int, head_dim: int = 128) -> list[dict[str, object]]:
+    facts = {"bench": bench, "tokens": tokens, "head_dim": head_dim}
+    return [{**facts, "what": "sdpa flash", "ms": dense_ms}, {**facts, "what": "power", "ms": ms, "method": method, "dtype": "bfloat16"}]
+
+
+@pytest.mark.parametrize(
+    ("ms", "tokens"),
+    [((9, 9, 9), 4), ((11, 9, 9), 8), ((9, 11, 9), 16), ((11, 11, 11), 17), ((9.9, 9, 9), 8)],
+    ids=["always", "from_the_second", "not_before_it_stays", "never", "too_little_to_tell"],
+)
+def test_lengths_from_which_a_method_pays_are_read_from_a_visit(ms, tokens):
+    rows = [row for n, mine in zip((8, 16, 4), (ms[1], ms[2], ms[0]), strict=True) for row in whole_method(f"{n}", "m", mine, 10, tokens=n)]
+    assert crossovers(rows, sm="9.0") == {"m/sm_90/bfloat16/d128": tokens}
+    assert crossovers(rows, sm="") == {}
+
+
+def test_benchmarks_of_whole_methods_run_them_with_the_options_that_users_get():
+    sizes = Sizes()
+    assert sizes.power == accel.PowerAttention().static_pattern(None)
+    step = AttentionStep(0, 2, 1, 99, 99, 8, 2, 128, "cuda", "bfloat16")
+    for gamma, label in ((0.95, "flexprefill"), *((gamma, f"flexprefill:gamma={gamma}") for gamma in sizes.other_gammas)):
+        method = accel.FlexPrefill(gamma=gamma)
+        here = replace(method.rule(step), min_q=0, min_kv=0)
+        assert here == replace(sizes.rule, gamma=gamma)
+        assert crossover_key(method, device="sm_90", dtype="bfloat16", head_dim=128) == f"{label}/sm_90/bfloat16/d128"
+
+
+@pytest.mark.parametrize("spoil", [None, "partial", "failed", "cpu"])
+def test_lengths_of_a_whole_visit_are_shipped_and_no_others(record, tmp_path, spoil):
+    record.env |= {} if spoil == "cpu" else {"sm": "9.0"}
+    record.rows = whole_method("one", "flexprefill", 5, 10, tokens=8192)
+    record.checks = [{"name": "a", "state": "failed" if spoil == "failed" else "passed", "detail": "", "took_s": 1.0}]
+    record.is_complete = spoil != "partial"
+    record.save()
+    shipped = tmp_path / "crossovers.json"
+    shipped.write_text('{"flexprefill/sm_80/bfloat16/d64": 7}')
+    command = [sys.executable, str(ROOT / "scripts" / "ship_crossovers.py"), str(record.path), "--file", str(shipped)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    new = {"flexprefill/sm_90/bfloat16/d128": 8192} if spoil is None else {}
+    assert json.loads(shipped.read_text()) == {"flexprefill/sm_80/bfloat16/d64": 7, **new}
+    assert done.returncode == (0 if spoil is None else 2), done.stderr
+    assert ("| flexprefill/sm_90/bfloat16/d128 | 8192 |" in record.path.with_suffix(".md").read_text()) is (spoil != "cpu")
 
 
 def test_readme_beside_the_results_shows_the_bars_as_they_are():

@@ -21,8 +21,9 @@ PROFILE = Profile(
 )  # fmt: skip
 SIZES = Sizes(
     dtype=torch.float16, heads=(2, 1), few_heads=(2, 1), block=32, power=ImplicitPlan(32, 1), densities=(0.25,), main_tokens=64,
-    long_tokens=96, other_tokens=(), head_dims=(16, 32), batches=(2,), decode_tokens=64, pages=(32,), launch_tokens=32, launch_calls=1,
-    copy_bytes=1024, product=16, seconds=0.0, fewest=1, wants_flex=False, rule=SelectionRule(block_size=32, min_budget=32),
+    long_tokens=96, other_tokens=(), crossover_tokens=(64,), head_dims=(16, 32), batches=(2,), decode_tokens=64, pages=(32,),
+    launch_tokens=32, launch_calls=1, copy_bytes=1024, product=16, seconds=0.0, fewest=1, wants_flex=False,
+    rule=SelectionRule(block_size=32, min_budget=32),
     last_scale=LastScale(batch=1, n_heads=2, head_dim=16, n_rows=18, n_entries=40, budgets=(8, 30), n_observed=4),
 )  # fmt: skip
 
@@ -42,8 +43,8 @@ def test_every_benchmark_measures(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_contestants, "DECODE_TILES", ((16, 4, 1),))
     record = Record(tmp_path / "cpu.json", {"device": "cpu", "date": "today"})
     lab = Lab(torch.device("cpu"), HostTimer(), record, SIZES)
-    # the second length runs the same code
-    wanted = [bench for bench in benches(SIZES) if bench.name != "flexprefill 0.0625K D16"]
+    # the other lengths and head sizes run the same code
+    wanted = [bench for bench in benches(SIZES) if bench.name not in ("flexprefill 0.0625K D16", "flexprefill 0.0625K D32")]
     with torch.no_grad():
         run_benches(lab, wanted)
     assert [entry["bench"] for entry in record.benches] == [bench.name for bench in wanted]
@@ -57,6 +58,8 @@ def test_every_benchmark_measures(tmp_path, monkeypatch):
     assert {("decode 2", "power, in a graph"), ("launch", "selection"), ("pages", "pages of 32")} <= whats
     assert {("head groups, last scale", "all with two groups"), ("head groups, one token", "two groups with lengths")} <= whats
     assert {("tiles of decoding", "16 keys, 4 warps, 1 stages"), ("tiles 0.0625K D32", "32×16, 4 warps, 1 stages")} <= whats
+    methods = {row["method"]: row["what"] for row in record.rows if "method" in row}
+    assert methods == {"powerattention": "power", "flexprefill": "selection and kernel", "flexprefill:gamma=0.9": "selection and kernel"}
     assert record.is_complete
     page = record.path.with_suffix(".md").read_text(encoding="utf-8")
     assert "| lists 25 % |" in page

@@ -1,0 +1,45 @@
+"""From which length a method pays on the GPU of a visit, read from its rows. `scripts/ship_crossovers.py` puts the answers into the library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from accel.evals.gpu.bars import Row, best_dense
+
+# share by which a method must be faster, as in `accel tune crossover`: noise around break-even is no gain
+MARGIN = 0.02
+
+
+def crossovers(rows: Sequence[Row], *, sm: str) -> dict[str, int]:
+    """Tokens by `accel.crossover.crossover_key`, of every method and head size that was measured beside dense attention.
+
+    rows: of one visit; those that have a `method` count. sm: "9.0", or empty where no GPU was measured.
+    The smallest measured length from which the method stays faster than the best dense attention of the same benchmark; where it is slower at
+    the longest one, that length plus one, since nothing was measured beyond.
+    """
+    if not sm:
+        return {}
+    pays: dict[str, dict[int, bool]] = {}
+    for row in rows:
+        dense = best_dense(rows, row["bench"])
+        if "method" in row and "ms" in row and dense is not None:
+            key = f"{row['method']}/sm_{sm.replace('.', '')}/{row['dtype']}/d{row['head_dim']}"
+            pays.setdefault(key, {})[row["tokens"]] = row["ms"] * (1 + MARGIN) <= dense
+    return {key: _first_that_stays(by_length) for key, by_length in sorted(pays.items())}
+
+
+def _first_that_stays(pays: dict[int, bool]) -> int:
+    first = max(pays) + 1
+    for tokens in sorted(pays, reverse=True):
+        if not pays[tokens]:
+            break
+        first = tokens
+    return first
+
+
+def crossovers_section(found: dict[str, int]) -> list[str]:
+    """The answers as a markdown table."""
+    about = "Selection included, against the best dense attention of the same benchmark; the shortest measured length."
+    table = [f"| {key} | {tokens} |" for key, tokens in found.items()]
+    head = ["| method / architecture / dtype / head size | tokens |", "|---|---|"]
+    return ["## From which length it pays", "", about, "", *([*head, *table] if found else ["not measured"]), ""]

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 LINKED = ("evals", "kernels", "patches")
 # data that code reads at run time: without it an installed accel works until it is used
 DATA = (
-    "accel/py.typed", "accel/__init__.pyi", "accel/evals/templates/report.html.j2", "accel/evals/templates/report.css",
+    "accel/py.typed", "accel/__init__.pyi", "accel/crossovers.json", "accel/evals/templates/report.html.j2", "accel/evals/templates/report.css",
     "accel/evals/models/smollm2/recipe.yaml", "accel/evals/models/smollm2/card.md",
     "accel/evals/models/small_vlm/dyvte.yaml", "accel/evals/models/small_vlm/routers.safetensors",
 )  # fmt: skip
@@ -90,6 +90,14 @@ def test_readme_names_every_method_every_command_and_every_environment_variable(
     assert [name for name in method_names() if f"| `{name}` |" not in readme] == []
     assert [name for name in commands() if f"`accel {name}" not in readme] == []
     assert [name for name in set(re.findall(r'"(ACCEL_\w+)"', settings)) if f"`{name}`" not in readme] == []
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *chain(*((ROOT / folder).rglob("*.md") for folder in LINKED))]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))]
+    local = [(page, link) for page, link in links if "://" not in link]
+    assert len(local) > 10
+    assert [(str(page.relative_to(ROOT)), link) for page, link in local if not (page.parent / link).exists()] == []
 
 
 def test_environment_variables_of_ours_are_read_in_one_module() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from accel.kernels.block_sparse import cpu_native
-from accel.kernels.block_sparse.cpu_common import Problem, workspace
+from accel.kernels.block_sparse.cpu_common import Problem, without_autocast, workspace
 from accel.kernels.block_sparse.cpu_decode import attend_decode, is_decode
 from accel.kernels.block_sparse.cpu_native import native_attention
 from accel.kernels.block_sparse.cpu_probe import Precision, Route, fp32_products_routed, route_for
@@ -41,13 +41,13 @@ def cpu_attention(
     (kernels.md §2.2). route: by default the one that the probe found fastest.
     """
     chosen = route_for(q.dtype, precision, is_dense=plan is None) if route is None else route
-    if chosen.kernel == "sdpa" and (softcap is not None or lse is not None):
-        # torch's attention offers neither
+    if chosen.kernel == "sdpa" and (softcap is not None or lse is not None or scale <= 0):
+        # torch's attention offers neither, and scales what it has masked: −inf · 0 is NaN
         chosen = chosen.by_products
     if chosen.kernel == "native" and not cpu_native.takes(q.dtype, q.shape[2]):
         chosen = chosen.by_products
     clear_gaps(lens, out, lse)
-    with fp32_products_routed(chosen.is_routed):
+    with without_autocast(), fp32_products_routed(chosen.is_routed):
         for rows in lens.rows():
             if not rows.q_len:
                 continue

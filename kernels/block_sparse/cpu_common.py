@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 
@@ -64,6 +65,11 @@ class Workspace(threading.local):
 
 
 workspace = Workspace()
+
+
+def without_autocast() -> AbstractContextManager[object]:
+    """A context in which tensors are computed as they are, whatever the caller's region says."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def finish_scores(scores: Tensor, softcap: float | None) -> None:

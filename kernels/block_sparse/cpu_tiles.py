@@ -193,7 +193,9 @@ def two_products(
     """
     n, n_heads, height, dim = q.shape
     scores = workspace.take("scores", (n, n_heads * height, k.shape[1]), k.dtype)
-    torch.baddbmm(scores, q.view(n, n_heads * height, dim), k.transpose(1, 2), beta=0, alpha=problem.scale, out=scores)
+    # oneDNN leaves the scores as they were where alpha is 0
+    alpha = problem.scale or 1e-30
+    torch.baddbmm(scores, q.view(n, n_heads * height, dim), k.transpose(1, 2), beta=0, alpha=alpha, out=scores)
     finish_scores(scores, problem.softcap)
     by_head = scores.view(n, n_heads, height, -1)
     if hidden is not None:

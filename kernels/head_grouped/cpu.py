@@ -6,7 +6,6 @@ Where the lengths inside a group differ there is one call for each run of rows a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import cache
 from itertools import groupby
 from typing import TypeVar
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from accel.kernels.block_sparse.cpu_common import finish_scores, softmax_with_lse
+from accel.kernels.block_sparse.cpu_common import finish_scores, softmax_with_lse, without_autocast
 from accel.kernels.block_sparse.cpu_decode import in_fp32
 from accel.kernels.block_sparse.cpu_probe import route_for
 from accel.kernels.head_grouped.groups import KVGroup, n_visible
@@ -38,8 +37,7 @@ def cpu_grouped(
     not offer, are computed by matrix products, and so is decoding.
     """
     each = q.shape[1] // sum(len(group.heads) for group in groups)
-    # whatever the caller's region says: the tensors are computed as they are
-    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+    with without_autocast():
         for group in groups:
             index = None if group.span is not None else _index(group.heads, each)
             first = 0 if group.span is None else group.span.start * each
@@ -127,7 +125,8 @@ def _by_products(
     """The same by two matrix products; the LSE (B, H · G, L) means nothing where it is not wanted."""
     batch, n_rows = q.shape[0], q.shape[2]
     folded = q.reshape(batch, k.shape[1], -1, q.shape[3])
-    out, lse = torch.empty_like(folded), folded.new_empty(folded.shape[:3], dtype=torch.float32)
+    # contiguous whatever the strides of the queries are: written through flattened views
+    out, lse = folded.new_empty(folded.shape), folded.new_empty(folded.shape[:3], dtype=torch.float32)
     seen = _seen(range(n_rows), k.shape[2], n_rows=n_rows, n_causal=n_causal) if min(n_causal, n_rows - 1) else None
     # batch and heads are one dimension where memory allows it: a product would copy what is not
     is_flat = _is_flat(k) and _is_flat(v)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import assert_error_bounded
 
 from accel.kernels.block_sparse import ImplicitPlan, ListPlan, VerticalSlashPlan
+from accel.kernels.block_sparse.cpu_common import workspace
+from accel.kernels.block_sparse.cpu_probe import Route
 
 BLOCK = 32
 
@@ -105,6 +109,21 @@ def test_softcap(case, L, N, kernel):
     check(one, plan, Route(kernel))
     uncapped = case([L], [N], Hq=4, Hkv=2, sharpness=4.0).run(plan)[0]
     assert (one.run(plan)[0] - uncapped).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("kernel", ["fp32", "routed", "hybrid", "bf16", "sdpa"])
+def test_any_scale(case, routes, kernel, scale):
+    # oneDNN does not write a product with the factor 0, and torch's own causal attention gives NaN for such scales
+    dtype = torch.float32 if kernel in ("fp32", "routed") else torch.bfloat16
+    one = replace(case([100], dtype=dtype), scale=scale)
+    route = Route("sdpa", dtype, dtype) if kernel == "sdpa" else routes[kernel]
+    for score_dtype in (torch.float32, torch.bfloat16):
+        workspace.take("scores", (1 << 16,), score_dtype).fill_(torch.nan)
+    for plan in (one.random_plan(BLOCK), None):
+        out, _ = one.run(plan, route, wants_lse=False)
+        reference = one.naive(plan if plan is not None else ImplicitPlan.dense(BLOCK))
+        assert_error_bounded(out, one.exact(plan)[0], reference, block=BLOCK, floor=2e-2 if kernel == "bf16" else 1e-5)
 
 
 @pytest.mark.parametrize("L, N", [(4, 90), (150, 201)], ids=["decode", "prefill"])

@@ -235,3 +235,12 @@ def test_a_plan_without_any_block_gives_zero_and_no_mass(dtype: torch.dtype, len
     out, lse = block_sparse_attention(q, keys, VerticalSlashPlan(16, nothing, nothing), lens, scale=0.25, return_lse=True)
     assert (out == 0).all()
     assert (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("q_len", [5, 40])
+def test_autocast_does_not_reach_the_products(case, q_len):
+    one = case([q_len], [70], Hq=4, Hkv=2)
+    plan = ImplicitPlan(block_size=16, window_blocks=2)
+    want = one.run(plan)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(one.run(plan)[0], want)

@@ -175,6 +175,17 @@ def test_the_result_lies_in_memory_as_the_queries_do(is_token_major):
     assert out.stride() == call.q.stride()
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_batch_of_token_major_queries_with_as_many_key_heads_gets_its_results(softcap):
+    # they were written into a flattened copy, and lost
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 5, 3, 16, generator=g).transpose(1, 2), torch.randn(2, 3, 300, 16, generator=g)
+    options = {"scale": 0.25, "softcap": softcap, "n_causal": 5}
+    out = torch.full_like(q, torch.nan)
+    cpu.cpu_grouped(q, [KVGroup((0, 1, 2), k, k)], **options, out=out, lse=None)
+    torch.testing.assert_close(out, grouped_attention(q, [KVGroup((0, 1, 2), k, k)], **options, impl="naive"))
+
+
 def test_inference_mode_leaves_nothing_behind_that_later_calls_cannot_use():
     call = GroupCall.random((9, 4, 3), n_rows=20)
     with torch.inference_mode():

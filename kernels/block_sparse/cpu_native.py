@@ -198,7 +198,8 @@ def _open() -> ctypes.CDLL:
     except OSError:
         if is_fresh:
             raise
-    path.unlink()
+    # another process may have been here first
+    path.unlink(missing_ok=True)
     return _load(build()[0])
 
 

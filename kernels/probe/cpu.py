@@ -35,7 +35,7 @@ def _probe_sequence(request: Request, rows: Rows, chosen: Tensor, found: Columns
     n_kv, group, n = request.keys.n_kv_heads, request.group, rows.kv_len
     n_heads = max(1, min(n_kv, TILE_SCORES // (group * min(_GOOD_ROWS, len(chosen)) * n)))
     n_rows = max(1, min(len(chosen), TILE_SCORES // (n_heads * group * n)))
-    buffer = torch.empty(n_heads * group * n_rows * n, device=request.q.device)
+    buffer = torch.empty(n_heads * group * n_rows * n, dtype=torch.float32, device=request.q.device)
     # read once for all tiles: in a causal one keys end where its last row stands
     ends = (chosen + rows.offset + 1).tolist() if request.is_causal else [n] * len(chosen)
     for i_kv in range(0, n_kv, n_heads):
@@ -84,7 +84,7 @@ class _Running:
 
     @classmethod
     def zeros(cls, n_heads: int, n_keys: int, request: Request) -> _Running:
-        total = torch.zeros(n_heads, n_keys, device=request.q.device)
+        total = torch.zeros(n_heads, n_keys, dtype=torch.float32, device=request.q.device)
         mean, deviation = (torch.zeros_like(total), torch.zeros_like(total)) if request.wants_spread else (None, None)
         return cls(0, total, mean, deviation, total.new_zeros(n_heads))
 

@@ -226,6 +226,25 @@ def test_a_library_that_does_not_load_is_built_again(tmp_path, monkeypatch):
 
 
 @native
+def test_two_processes_may_replace_a_library_that_does_not_load(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
+    path, _ = build()
+    load, failed = cpu_native._load, []
+
+    def fail_once(found):
+        if failed:
+            return load(found)
+        failed.append(found)
+        # the other process was faster
+        found.unlink()
+        raise OSError("damaged")
+
+    monkeypatch.setattr(cpu_native, "_load", fail_once)
+    assert cpu_native._open().accel_attend
+    assert failed == [path]
+
+
+@native
 @pytest.mark.parametrize(
     "change",
     [

@@ -193,6 +193,18 @@ def test_sixteen_bit_inputs_are_computed_in_fp32(case, dtype):
     _assert_moments(c, "cpu", torch.ones(2, 37, dtype=torch.bool))
 
 
+def test_the_default_dtype_of_torch_changes_nothing(case):
+    c = case(is_causal=True)
+    want = c.moments("cpu")
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        got = c.moments("cpu")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("mean", "variance", "row_entropy"):
+        assert torch.equal(getattr(got, name), getattr(want, name))
+
+
 # --- forms of input ------------------------------------------------------------------------------------------------------------------------
 
 

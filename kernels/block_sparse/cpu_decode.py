@@ -50,7 +50,7 @@ def attend_decode(problem: Problem) -> None:
     by_head = scores.view(-1, rows.q_len, scores.shape[2])
     visible = visible_tokens(problem, token)
     if not visible.all():
-        by_head.masked_fill_(~visible, -torch.inf)
+        by_head[..., -visible.shape[2] :].masked_fill_(~visible, -torch.inf)
     lse = softmax_with_lse(by_head, wants_lse=problem.lse is not None)
     is_empty = ~visible.any(-1)
     if is_empty.any():
@@ -62,11 +62,11 @@ def attend_decode(problem: Problem) -> None:
 
 
 def visible_tokens(problem: Problem, token: Tensor | None) -> Tensor:
-    """Which of the gathered tokens (all of the sequence, where None) each row sees, (Hq or 1, L, keys) bool."""
+    """Which of the gathered tokens each row sees, (Hq or 1, L, keys) bool. Where None: which of the last L, for all before them are seen."""
     rows = problem.rows
-    position = torch.arange(rows.offset, rows.kv_len)
     if token is None or problem.mask is None:
-        return (torch.arange(rows.kv_len) <= position[:, None])[None]
+        return torch.ones(1, rows.q_len, rows.q_len, dtype=torch.bool).tril()
+    position = torch.arange(rows.offset, rows.kv_len)
     own_block = position // problem.block_size - rows.first_block(problem.block_size)
     listed = problem.mask[:, own_block][:, :, token // problem.block_size]
     return listed & (token <= position[:, None])

@@ -29,14 +29,8 @@ unset TRITON_INTERPRET
 command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 
 STATUS=0
-if "$PYTHON" -c 'import pytest' 2>/dev/null; then
-    TESTS=$(mktemp)
-    # interrupted rather than killed, so that pytest still writes its result file
-    timeout -s INT -k 20 $((BUDGET * 2 / 5)) "$PYTHON" -m pytest tests/gpu -m gpu -q --maxfail=20 --junitxml="$TESTS" || STATUS=1
-    set -- --tests "$TESTS" "$@"
-else
-    set -- --check "$@"
-fi
-# the kill comes after the budget only where a benchmark hangs: what was measured before is on disk
-timeout $(($(left) + 30)) "$PYTHON" -m accel.evals.gpu --bench --budget-s "$(left)" "$@" || STATUS=$?
+# the kills come after the budgets only where a kernel hangs: what was found before is on disk
+CHECKS=$(mktemp -d)
+timeout -k 10 $((BUDGET * 2 / 5 + 20)) "$PYTHON" -m accel.evals.gpu --check --budget-s $((BUDGET * 2 / 5)) --folder "$CHECKS" || STATUS=1
+timeout -k 10 $(($(left) + 30)) "$PYTHON" -m accel.evals.gpu --bench --budget-s "$(left)" --tests "$CHECKS" "$@" || STATUS=$?
 exit $STATUS

@@ -6,12 +6,12 @@ Needs torch and triton only, no network. Results lie in evals/results/gpu, compl
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from xml.etree import ElementTree
 
 import torch
 
@@ -40,18 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         env = environment(device, Path(__file__).resolve().parents[2])
         record = Record(result_path(args.folder, env), {**env, "clocks before": clocks()}, copies_folder())
         if args.tests:
-            record.checks = read_junit(args.tests)
+            record.checks = read_checks(args.tests)
         record.save()
-    if args.check:
-        run_checks(record, Profile(device), until=time.monotonic() + args.budget_s * (0.4 if args.bench else 1.0))
-    if args.bench:
-        with torch.no_grad():
-            try:
+    try:
+        if args.check:
+            run_checks(record, Profile(device), until=time.monotonic() + args.budget_s * (0.4 if args.bench else 1.0))
+        if args.bench:
+            with torch.no_grad():
                 lab = Lab(device, _timer(device), record, Sizes(wants_flex=not args.no_flex), deadline)
                 run_benches(lab, [b for b in benches(lab.sizes) if not args.only or any(word in b.name for word in args.only)])
-            except DeviceLostError as error:
-                return _restart(args, record, deadline, str(error))
-    print("\n".join(bars_table(record.as_dict()["bars"])))
+    except DeviceLostError as error:
+        return _restart(args, record, deadline, str(error))
+    if args.bench:
+        print("\n".join(bars_table(record.as_dict()["bars"])))
+    else:
+        record.is_complete = True
+        record.save()
     print(f"\nresults: {record.path} and {record.path.with_suffix('.md').name}")
     has_failed = any(c["state"] == "failed" for c in record.checks)
     has_failed = has_failed or any(b["state"] == "failed" for b in record.benches) or bool(record.poisonous)
@@ -59,27 +63,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_checks(record: Record, profile: Profile, *, until: float, say: Callable[[str], None] = print) -> None:
-    """Runs the checks into the record, as many as fit."""
+    """Runs those that are not yet in the record into it, as many as fit. Raises DeviceLostError behind one that broke the device."""
+    done = {check["name"] for check in record.checks}
     for check in checks(profile):
+        if check.name in done:
+            continue
         begin = time.monotonic()
         state, detail = run_check(check) if begin < until else ("skipped", "no time left")
         record.checks.append({"name": check.name, "state": state, "detail": detail, "took_s": round(time.monotonic() - begin, 2)})
         record.save()
         say(f"{state}: {check.name}: {detail}")
+        if state == "failed" and profile.device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise DeviceLostError(check.name, error) from error
 
 
-def read_junit(path: Path) -> list[Row]:
-    """The checks of a pytest run, from its --junitxml file; one failed line where the file is missing or cut short."""
-    try:
-        cases = list(ElementTree.parse(path).iter("testcase"))
-    except (OSError, ElementTree.ParseError) as error:
-        return [{"name": "GPU tests", "state": "failed", "detail": f"no result file: {error}", "took_s": 0.0}]
-    found = []
-    for case in cases:
-        problem = next((case.find(tag) for tag in ("failure", "error", "skipped") if case.find(tag) is not None), None)
-        state = "passed" if problem is None else "skipped" if problem.tag == "skipped" else "failed"
-        detail = "" if problem is None else problem.get("message", "")[:600]
-        found.append({"name": case.get("name", "?"), "state": state, "detail": detail, "took_s": float(case.get("time", 0))})
+def read_checks(folder: Path) -> list[Row]:
+    """The checks that a process with --check wrote into this folder; one failed line more where it did not come to its end."""
+    written = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    found: list[Row] = [check for data in written for check in data["checks"]]
+    if not any(data["status"] == "complete" for data in written):
+        last = f"behind: {found[-1]['name']}" if found else "before the first one"
+        found.append({"name": "all checks", "state": "failed", "detail": f"the process ended or was stopped {last}", "took_s": 0.0})
     return found
 
 
@@ -98,8 +105,9 @@ def _restart(args: argparse.Namespace, record: Record, deadline: float, why: str
     print(f"gpu_check: the device no longer answers ({why}); starting anew", file=sys.stderr)
     if args.restarts < MOST_RESTARTS:
         left = max(deadline - time.monotonic(), 0)
-        command = [sys.executable, "-m", "accel.evals.gpu", "--bench", "--resume", str(record.path), "--budget-s", f"{left:.0f}"]
-        command += ["--restarts", str(args.restarts + 1), *(["--no-flex"] if args.no_flex else [])]
+        command = [sys.executable, "-m", "accel.evals.gpu", "--resume", str(record.path), "--budget-s", f"{left:.0f}"]
+        command += ["--restarts", str(args.restarts + 1)]
+        command += [flag for flag, is_set in (("--check", args.check), ("--bench", args.bench), ("--no-flex", args.no_flex)) if is_set]
         command += [word for only in args.only for word in ("--only", only)]
         sys.stdout.flush()
         os.execv(sys.executable, command)
@@ -111,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--check", action="store_true", help="run the checks")
     parser.add_argument("--bench", action="store_true", help="run the benchmarks")
     parser.add_argument("--budget-s", type=float, default=480.0, help="seconds for both together (default: %(default)s)")
-    parser.add_argument("--tests", type=Path, help="a --junitxml file of tests/gpu to take over as checks")
+    parser.add_argument("--tests", type=Path, help="folder of an earlier run with --check alone, whose checks are taken over")
     parser.add_argument("--only", action="append", default=[], help="benchmarks whose name holds this; may be repeated")
     parser.add_argument("--no-flex", action="store_true", help="leave out FlexAttention, which compiles for half a minute")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where results go (default: evals/results/gpu)")

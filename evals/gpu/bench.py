@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from accel.errors import UnsupportedError
 from accel.evals.gpu.bars import bench_name
 from accel.evals.gpu.cases import Call, Prompt, Work, lines_of_density, lists_of_density, paged, work_of
 from accel.evals.gpu.checks import decode, prefill
@@ -316,7 +315,8 @@ def bench_launch(lab: Lab, name: str) -> None:
     for what, (run, is_layer) in runs.items():
         try:
             times = host_us(run, lab.timer, calls=s.launch_calls)
-        except (UnsupportedError, RuntimeError, TypeError, ImportError) as error:
+        # Triton's errors are no RuntimeErrors
+        except Exception as error:
             lab.failed[what] = reason(error)
             continue
         lab.record.add(name, what, None, host_us=times.median, p20_us=times.p20, p80_us=times.p80, is_layer=is_layer)

@@ -104,7 +104,8 @@ def checks(p: Profile) -> list[Check]:
     for kind in ("power", "lines"):
         found.append(Check(f"{p.most_tokens} tokens: prefill, {kind}", partial(check_most_tokens, p, kind, "prefill")))
     found.append(Check(f"{p.most_tokens} tokens: decode, power", partial(check_most_tokens, p, "power", "decode")))
-    return found
+    # last: before torch 2.12 a capture that fails leaves an allocator that can end the process
+    return sorted(found, key=lambda check: check.name.startswith("graph"))
 
 
 def _prefill_checks(p: Profile) -> Iterator[Check]:
@@ -116,6 +117,7 @@ def _prefill_checks(p: Profile) -> Iterator[Check]:
     for head_dim in p.other_dims:
         yield check(f"lists, head_dim {head_dim}", "lists", head_dim=head_dim)
     yield check("lists, the other dtype", "lists", dtype=p.other_dtype)
+    yield check("lists, fp32", "lists", dtype=torch.float32)
     yield check(f"power, the other dtype, head_dim {p.other_dims[0]}", "power", dtype=p.other_dtype, head_dim=p.other_dims[0])
     for page_size in p.pages:
         yield check(f"power, pages of {page_size}", "power", page_size=page_size)
@@ -143,6 +145,7 @@ def _decode_checks(p: Profile) -> Iterator[Check]:
     for head_dim in p.other_dims:
         yield check(f"power, head_dim {head_dim}", "power", head_dim=head_dim)
     yield check("power, the other dtype", "power", dtype=p.other_dtype)
+    yield check("power, fp32", "power", dtype=torch.float32)
     for heads in p.other_heads:
         yield check(f"power, heads {heads[0]}/{heads[1]}", "power", heads=heads)
     yield check("power, 5 rows each", "power", rows=5)
@@ -158,8 +161,13 @@ def _selection_checks(p: Profile) -> Iterator[Check]:
     yield Check(f"selection: head_dim {p.other_dims[0]}", lambda: check_selection(p, [p.prompt], None, head_dim=p.other_dims[0]))
 
 
-def check_error(attend: Attend, call: Call, kind: str, block: int, *, floor: float = 1e-3) -> str:
-    """Relative RMS error against fp64 at most twice naive's own in this dtype plus `floor`, for each query block and head; every row written."""
+def floor_of(dtype: torch.dtype) -> float:
+    """Relative error beside twice naive's own. Of fp32 it is below that of products in tf32, above that of their threefold split."""
+    return 5e-5 if dtype == torch.float32 else 1e-3
+
+
+def check_error(attend: Attend, call: Call, kind: str, block: int) -> str:
+    """Relative RMS error against fp64 at most twice naive's own in this dtype plus a floor, for each query block and head; every row written."""
     plan = random_plan(kind, call, block)
     out, lse = call.buffers()
     attend(call, plan, out, lse)
@@ -167,7 +175,7 @@ def check_error(attend: Attend, call: Call, kind: str, block: int, *, floor: flo
     exact, exact_lse = naive_attention(exact_call.q, exact_call.keys, cpu_plan, exact_call.lens, scale=call.scale, softcap=call.softcap)
     low, _ = naive_attention(cpu.q, cpu.keys, cpu_plan, cpu.lens, scale=call.scale, softcap=call.softcap)
     got, got_lse = out.double().cpu(), lse.double().cpu()
-    worst, is_gap = 0.0, torch.ones(call.q.shape[0], dtype=torch.bool)
+    worst, is_gap, floor = 0.0, torch.ones(call.q.shape[0], dtype=torch.bool), floor_of(call.q.dtype)
     for rows in cpu.lens.rows():
         is_gap[rows.q_start : rows.q_start + rows.q_len] = False
         for i in range(rows.query_blocks(block)):
@@ -260,11 +268,13 @@ def check_selection_graph(p: Profile) -> str:
     _needs_cuda(p)
     prompt, fresh = (Prompt.lifelike(p.prompt, p.heads, p.head_dim, p.dtype, p.device, seed=seed) for seed in (0, 1))
     found: list[VerticalSlashPlan] = []
-    graph = captured(lambda: found.append(_select(prompt, p)))
+    # made outside: its lengths are sent to the device, which no capture allows
+    call = prompt.call
+    graph = captured(lambda: found.append(_select(call, p)))
     for t, new in ((prompt.q, fresh.q), (prompt.k, fresh.k)):
         t.copy_(new)
     graph.replay()
-    want, got = _select(prompt, p), found[-1]
+    want, got = _select(call, p), found[-1]
     for name in ("vertical", "slash", "extra"):
         a, b = getattr(got, name), getattr(want, name)
         assert a is b is None or torch.equal(a, b), f"{name} differs after a replay"
@@ -286,12 +296,11 @@ def check_selection_no_sync(p: Profile) -> str:
     """A warm selection, followed by the prefill over its plan, reads nothing back from the device."""
     _needs_cuda(p)
     prompt = Prompt.lifelike(p.prompt, p.heads, p.head_dim, p.dtype, p.device)
-    out, lse = prompt.call.buffers()
-    prefill(prompt.call, _select(prompt, p), out, lse)
     call = prompt.call
+    out, lse = call.buffers()
+    prefill(call, _select(call, p), out, lse)
     with forbidden_sync():
-        found = flex_index(call.q, call.keys, call.lens, rule=SelectionRule(block_size=p.block), scale=call.scale, impl="triton")
-        prefill(call, found.plan, out, lse)
+        prefill(call, _select(call, p), out, lse)
     return "no synchronisation"
 
 
@@ -383,8 +392,7 @@ def _copy_inputs(into: Call, new: Call) -> None:
         t.copy_(fresh)
 
 
-def _select(prompt: Prompt, p: Profile) -> VerticalSlashPlan:
-    call = prompt.call
+def _select(call: Call, p: Profile) -> VerticalSlashPlan:
     rule = SelectionRule(block_size=p.block, min_budget=2 * p.block)
     return flex_index(call.q, call.keys, call.lens, rule=rule, scale=call.scale, impl="triton").plan
 

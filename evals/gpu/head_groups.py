@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from accel.evals.gpu.checks import Check, Profile, Skipped, captured, forbidden_sync
+from accel.evals.gpu.checks import Check, Profile, Skipped, captured, floor_of, forbidden_sync
 from accel.evals.gpu.contestants import SDPA_BACKENDS
 from accel.evals.gpu.timing import Run
 from accel.kernels.head_grouped import KVGroup, grouped_attention
@@ -111,6 +111,7 @@ def group_checks(p: Profile) -> Iterator[Check]:
         yield check(f"{phase}, lengths", n_rows=n_rows, has_lengths=True, each=p.heads[0] // p.heads[1])
         yield check(f"{phase}, soft-cap, heads outermost", n_rows=n_rows, softcap=20.0, is_token_major=False)
         yield check(f"{phase}, the other dtype", n_rows=n_rows, dtype=p.other_dtype)
+        yield check(f"{phase}, fp32", n_rows=n_rows, dtype=torch.float32)
         for head_dim in p.other_dims:
             yield check(f"{phase}, head_dim {head_dim}", n_rows=n_rows, head_dim=head_dim)
     for n_rows in (p.q_len[1], 5):
@@ -129,8 +130,7 @@ def _call(p: Profile, **changes: object) -> GroupCall:
 def check_groups(p: Profile, **changes: object) -> str:
     """Error against fp64, by blocks of rows and heads."""
     call = _call(p, **changes)
-    floor = 1e-5 if call.q.dtype == torch.float32 and p.device.type == "cpu" else 1e-3
-    return f"worst block at {call.check(call.run(), block=p.block, floor=floor):.2f} of the allowed error"
+    return f"worst block at {call.check(call.run(), block=p.block, floor=floor_of(call.q.dtype)):.2f} of the allowed error"
 
 
 def check_group_graph(p: Profile) -> str:

@@ -561,7 +561,7 @@ def line_lists(plan: VerticalSlashPlan, lens: Ragged, n_t: int) -> Lists:
     decode_lists_kernel[batch * heads * n_t,](
         vertical, slash, extra, count, index, lens.q_len.contiguous(), lens.kv_len.contiguous(),
         *vertical.stride(), *slash.stride(), *((0,) * 4 if extra is None else extra.stride()), nk,
-        H=heads, N_T=n_t, BLOCK=plan.block_size, CHUNK=max(16, min(LIST_CHUNK, triton.next_power_of_2(nk))), num_warps=4,
+        H=heads, N_T=n_t, BLOCK=plan.block_size, CHUNK=max(16, min(LIST_CHUNK, triton.next_power_of_2(nk))), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     per_list = [heads * n_t, 0 if heads == 1 else n_t, 1]
     pitches = (0,) * 6 + tuple(per_list) + tuple(pitch * nk for pitch in per_list)

@@ -16,6 +16,13 @@ import triton.language as tl
 IMPLICIT = tl.constexpr(0)
 LISTED = tl.constexpr(1)
 SCRATCH = tl.constexpr(2)
+# What changes from prompt to prompt or plan to plan, and is not worth a compilation when it is 1 or a multiple of 16. Lists are read entry
+# by entry, wherever they begin; but the strides of q, k, v and out must be known to be multiples of 16.
+VARYING = ["batch", "n_heads", "i_row0", "window", "n_sink", "power_lo", "power_hi", "stride_lh", "stride_place"]
+VARYING += [f"stride_{of}{along}" for of in "cfm" for along in "bhr"]
+LISTS = ["full_count_ptr", "full_index_ptr", "mask_count_ptr", "mask_index_ptr"]
+BITMAP_VARYING = ["n_heads", "i_row0", "n_rows", "width", *(f"stride_{of}{along}" for of in "vse" for along in "bh"), "stride_er"]
+BITMAPS = ["vertical_ptr", "slash_ptr", "extra_ptr"]
 
 
 @triton.jit
@@ -124,7 +131,7 @@ def attend_step(
     return b_acc, b_m_new, b_l
 
 
-@triton.jit(do_not_specialize=["batch", "n_heads", "i_row0", "window", "n_sink", "power_lo", "power_hi"])
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=LISTS)
 def block_sparse_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,        # q (T, Hq, D), out (T, Hq, DV), last stride 1; lse (Hq, T) fp32
     q_start_ptr, q_len_ptr, kv_len_ptr,           # (B,) int64
@@ -233,7 +240,7 @@ def block_sparse_fwd_kernel(
         tl.store(lse_ptr + i_h * stride_lh + o_q, b_lse, mask=m_m)
 
 
-@triton.jit(do_not_specialize=["n_heads", "i_row0", "n_rows", "width"])
+@triton.jit(do_not_specialize=BITMAP_VARYING, do_not_specialize_on_alignment=[*LISTS, *BITMAPS])
 def vertical_slash_lists_kernel(
     vertical_ptr, slash_ptr, extra_ptr,           # (B, Hq, nk), (B, Hq, nk), (B, Hq, nq, nk) bytes, last stride 1
     q_len_ptr, kv_len_ptr,

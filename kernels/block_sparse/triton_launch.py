@@ -144,7 +144,7 @@ def clear_gaps(lens: Ragged, out: Tensor, lse: Tensor | None) -> None:
     kernels.clear_gaps_kernel[(-(-n_tokens // 64),)](
         out, lse, lens.q_start.contiguous(), lens.q_len.contiguous(), *_strides(out), 0 if lse is None else lse.stride(0),
         n_tokens, lens.batch, n_heads,
-        DV=value_dim, BLOCK_DV=_power_of_two(value_dim), ROWS=64, SEQUENCES=16, WANTS_LSE=lse is not None,
+        DV=value_dim, BLOCK_DV=_power_of_two(value_dim), ROWS=64, SEQUENCES=16, WANTS_LSE=lse is not None, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ class Lists:
             vertical.stride(0), _head_stride(vertical), slash.stride(0), _head_stride(slash),
             *((0, 0, 0) if extra is None else (extra.stride(0), _head_stride(extra), extra.stride(2))),
             n_heads, first, n_rows, nk,
-            BLOCK=plan.block_size, CHUNK=min(1024, max(16, _power_of_two(nk))), HAS_EXTRA=extra is not None,
+            BLOCK=plan.block_size, CHUNK=min(1024, max(16, _power_of_two(nk))), HAS_EXTRA=extra is not None, enable_fp_fusion=True,
         )  # fmt: skip
 
     def arguments(self) -> dict[str, Any]:

@@ -19,6 +19,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# what changes with the length of the prompt, and is not worth a compilation when it is 1 or a multiple of 16. The kernels of the pooled map
+# read and write rows of NK entries over and over: there it is.
+LENGTHS = ["tiles_each", "NK"]
+
 
 @triton.jit
 def sequence_lengths(q_len_ptr, kv_len_ptr, i_b, min_q, min_kv):
@@ -85,7 +89,7 @@ def add_row_stats(b_max, b_sum, b_s):
     return b_new, b_sum * tl.exp2(b_max - b_base) + tl.sum(tl.exp2(b_s - b_base[:, None]), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def probe_stats_fwd_kernel(
     q_ptr, k_ptr, place_ptr,                # q (tokens, Hq, D); k (tokens, Hkv, D), or with pages (pages, PAGE, Hkv, D)
     q_start_ptr, q_len_ptr, kv_len_ptr,     # (B,) int64
@@ -148,7 +152,7 @@ def row_weights(max_ptr, sum_ptr, i_bh, S, n_ranges, n_rows, BLOCK: tl.constexpr
     return tl.where(o_r < n_rows, b_max, 0.0), tl.where(o_r < n_rows, 1.0 / (b_sum * n_rows), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=LENGTHS)
 def probe_masses_fwd_kernel(
     q_ptr, k_ptr, place_ptr, q_start_ptr, q_len_ptr, kv_len_ptr,    # as above
     max_ptr, sum_ptr, mean_ptr,             # from the first pass
@@ -255,7 +259,7 @@ def missing_ties(share, held, threshold):
     return tl.minimum(tl.ceil((share - held) / size), 2147483520.0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NK"])
 def token_counts_fwd_kernel(
     q_len_ptr, kv_len_ptr,
     token_ptr,                              # (2, B, Hq, NK·BLOCK) fp32, a_v and a_s
@@ -378,7 +382,7 @@ def visible_keys(n_rows, n_kv, o_j, BLOCK: tl.constexpr):
     return sums.to(tl.float32) / n_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["NK"])
 def select_lines_fwd_kernel(
     q_len_ptr, kv_len_ptr,
     count_ptr, block_ptr, estimate_ptr,     # (2, B, Hq) int32; (2, B, Hq, NK) fp32; (B, Hq, NK) fp32

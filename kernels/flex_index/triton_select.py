@@ -232,12 +232,14 @@ def _launch(
     kernels.token_counts_fwd_kernel[(heads, 2, batch)](
         *lengths, found.token_mass, found.tokens, found.block_mass, *gamma, *short, nk,
         BLOCK=b, CHUNK=min(COUNT_CHUNK, block_nk * b), SPLIT=rule.slash_pooling == "split", EXACT=exact, num_warps=COUNT_WARPS,
+        enable_fp_fusion=True,
     )
     budgets = (rule.blocks(rule.min_budget), 2**30 if rule.max_budget is None else rule.blocks(rule.max_budget))
     kernels.select_lines_fwd_kernel[(heads, 2, batch)](
         *lengths, found.tokens, found.block_mass, found.estimate, _bytes(found.lines), _bytes(found.is_aware), _bytes(found.is_finite),
         found.distance, found.blocks, *gamma, float(rule.tau), *short, *budgets, rule.sink_blocks, rule.local_blocks, nk,
         BLOCK=b, BLOCK_NK=block_nk, COVER=rule.coverage == "block", SIZED=rule.size_corrected_estimate, num_warps=line_warps(block_nk),
+        enable_fp_fusion=True,
     )
     if not found.extra.numel():
         return
@@ -246,13 +248,14 @@ def _launch(
         q, q_start, *lengths, found.mean_keys, _bytes(found.is_aware), _bytes(found.lines), _bytes(found.is_finite), found.map,
         _bytes(found.extra), *q.stride(), scale, cap, *gamma, nk, group,
         D=head_dim, BLOCK=b, BLOCK_D=block_d, BLOCK_J=MAP_KEYS, BLOCK_NK=block_nk, HAS_CAP=has_cap, BY_ROW=by_row,
-        num_warps=MAP_WARPS,
+        num_warps=MAP_WARPS, enable_fp_fusion=True,
     )
     if not by_row:
         columns = min(block_nk, COVER_COLUMNS)
         kernels.map_cover_fwd_kernel[(heads, batch)](
             *lengths, _bytes(found.is_aware), found.map, _bytes(found.extra), *gamma, nq, nk,
             BLOCK=b, BLOCK_NK=block_nk, ROWS=COVER_CELLS // columns, COLS=columns, num_warps=COVER_WARPS,
+            enable_fp_fusion=True,
         )
 
 

@@ -16,6 +16,9 @@ import triton.language as tl
 
 from accel.kernels.flex_index.triton_kernels import add_row_stats, load_keys, probe_logits
 
+# what changes from picture to picture, and is not worth a compilation when it is 1 or a multiple of 16
+VARYING = ["tiles_each", "S", "n_slots", "N"]
+
 
 @triton.jit
 def load_rows(
@@ -41,7 +44,7 @@ def key_is_valid(mask_ptr, i_b, o_n, n_kv, N):
     return m_n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def probe_fwd_kernel_stats(
     q_ptr, k_ptr, place_ptr,                # q (tokens, Hq, D); k (tokens, Hkv, D), or with pages (pages, PAGE, Hkv, D)
     q_start_ptr, q_len_ptr, kv_len_ptr,     # (B,) int64
@@ -85,7 +88,7 @@ def probe_fwd_kernel_stats(
     tl.store(sum_ptr + part, b_sum, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def probe_fwd_kernel_columns(
     q_ptr, k_ptr, place_ptr, q_start_ptr, q_len_ptr, kv_len_ptr, rows_ptr, count_ptr, mask_ptr,     # as above
     max_ptr, sum_ptr,                       # (B, Hq, n_slots) fp32, from the first pass; −inf and 0 for a row that sees no key

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from accel.evals.gpu.cases import random_plan
+from accel.evals.gpu.cases import Call, random_plan
 from accel.evals.gpu.checks import Profile, decode, prefill
 from accel.evals.gpu.head_groups import GroupCall
 from accel.kernels.block_sparse.triton_launch import choose_config
 from accel.kernels.flex_index import SelectionRule, triton_select
 from accel.kernels.head_grouped.triton_launch import triton_grouped
+from accel.kernels.probe import triton_launch as probe_launch
+from accel.kernels.probe.request import Request, RowSet
 
 # CPU tensors stand in for those of a GPU: fp16, for which no kernel is told of the interpreter but by the selection's host code
 PROFILE = Profile(torch.device("cpu"), dtype=torch.float16)
@@ -42,6 +47,8 @@ def launched(monkeypatch):
     def launch(kernel, grid):
         def run(*args, **options):
             names.append(kernel.__name__)
+            # unset it warns: the default will change
+            assert options["enable_fp_fusion"]
             if "UPCAST" in options:
                 options["UPCAST"] = False
             return kernel.run(*args, grid=grid, warmup=True, **options)
@@ -51,6 +58,21 @@ def launched(monkeypatch):
     monkeypatch.setattr(driver, "_active", Hopper())
     monkeypatch.setattr(JITFunction, "__getitem__", launch)
     return names
+
+
+@pytest.fixture
+def variants(launched, monkeypatch):
+    """The kernels that would be compiled, by name and by what they are specialised on; none is."""
+    found: set[tuple[str, str]] = set()
+
+    def note(*, key, fn, **_):
+        found.add((fn.name.split(".")[-1], key))
+        return True
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
+    # nothing that other tests compiled is remembered there
+    monkeypatch.setattr(Hopper, "get_current_device", lambda self: 1001)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -100,3 +122,26 @@ def test_head_groups(launched, has_lengths, n_rows, kernel):
     triton_grouped(call.q, call.groups, scale=call.scale, softcap=None, n_causal=0, out=out, lse=lse if has_lengths else None, config=config)
     # three groups in two launches
     assert launched == [kernel] * 2
+
+
+def test_prompts_of_all_lengths_share_their_kernels(variants):
+    """A compilation takes seconds, in the middle of a request: nothing is specialised on strides of lists, or on numbers of blocks."""
+    # heads and blocks that are multiples of 16 together, apart and not at all
+    for n_blocks in (66, 67, 68, 80):
+        n = 128 * n_blocks
+        call = Call.random([n], [n], heads=(14, 2), head_dim=16, dtype=torch.float16, device=PROFILE.device)
+        rule = SelectionRule(min_budget=256)
+        plan = triton_select.select(call.q, call.keys, call.lens, rule=rule, scale=call.scale, softcap=None).plan
+        prefill(call, plan, torch.empty_like(call.q), None, CONFIG)
+    counts = Counter(name for name, _ in variants)
+    # their rows of blocks are worth aligned loads
+    assert {name: n for name, n in counts.items() if n > 1} == {"pooled_map_fwd_kernel": 2, "map_cover_fwd_kernel": 2}
+    assert counts["block_sparse_fwd_kernel"] == counts["probe_masses_fwd_kernel"] == 1
+
+
+def test_pictures_of_all_sizes_share_their_kernels(variants):
+    for n in (256, 577, 729, 1369):
+        call = Call.random([n], [n], heads=(16, 16), head_dim=16, dtype=torch.float16, device=PROFILE.device)
+        rows = RowSet.all_of(call.lens)
+        probe_launch.probe(Request(call.q, call.keys, call.lens, rows, None, scale=1.0, softcap=None, is_causal=False, wants_spread=False))
+    assert Counter(name for name, _ in variants) == {"probe_fwd_kernel_stats": 1, "probe_fwd_kernel_columns": 1}

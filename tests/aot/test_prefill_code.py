@@ -54,8 +54,9 @@ class Build:
         if self.plan != LISTED:
             constants["mask_index_ptr"] = None
         kinds = {name: self.kind(name) for name in kernels.block_sparse_fwd_kernel.arg_names if name not in constants}
-        # strides of the plan's tensors may be anything
-        aligned = [name for name in kinds if name.endswith("_ptr") or (name.startswith("stride") and name[7] in "qkvo")]
+        # the plan's tensors may lie anywhere
+        loose = [*kernels.VARYING, *kernels.LISTS]
+        aligned = [name for name in kinds if name.startswith("stride") or name.endswith("_ptr") if name not in loose]
         return compile_kernel(
             kernels.block_sparse_fwd_kernel, kinds, constants, sm=self.sm, num_warps=tile.num_warps, num_stages=tile.num_stages,
             maxnreg=tile.maxnreg, aligned=aligned,
@@ -158,6 +159,7 @@ def test_the_small_kernels_compile():
             **dict.fromkeys(("n_heads", "i_row0", "n_rows", "width"), "i32"),
         },
         {"BLOCK": 128, "CHUNK": 1024, "HAS_EXTRA": True},
+        aligned=["q_len_ptr", "kv_len_ptr"],
     )
     gaps = compile_kernel(
         kernels.clear_gaps_kernel,

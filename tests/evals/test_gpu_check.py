@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import accel
 from accel.crossover import crossover_key
 from accel.evals.gpu import __main__ as gpu_check
+from accel.evals.gpu import bench as gpu_bench
 from accel.evals.gpu import contestants as gpu_contestants
 from accel.evals.gpu.bars import BARS, DENSE, bars, bars_table, best_dense
 from accel.evals.gpu.bench import Bench, Lab, Sizes, benches, run_benches
@@ -260,17 +261,18 @@ def test_result_files_are_named_by_device_and_day_and_never_overwritten(tmp_path
     assert result_path(tmp_path, env).name == "nvidia-h100-80gb-hbm3-2026-01-02-2.json"
 
 
-def test_results_of_pytest_become_checks(tmp_path):
-    file = tmp_path / "tests.xml"
-    file.write_text(
-        '<testsuites><testsuite><testcase name="a" time="1.5"/><testcase name="b" time="0"><failure message="too far off">trace</failure></testcase>'
-        '<testcase name="c" time="0"><skipped message="no memory"/></testcase></testsuite></testsuites>'
-    )
-    assert [(c["name"], c["state"], c["detail"]) for c in gpu_check.read_junit(file)] == [
-        ("a", "passed", ""), ("b", "failed", "too far off"), ("c", "skipped", "no memory"),
-    ]  # fmt: skip
-    file.write_text("")
-    assert gpu_check.read_junit(file)[0]["state"] == "failed"
+def test_checks_of_another_process_are_taken_over(visit, tmp_path):
+    assert gpu_check.main(["--check", "--folder", str(tmp_path / "checks")]) == 0
+    assert gpu_check.main(["--bench", "--tests", str(tmp_path / "checks"), "--folder", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "some-gpu-2026-01-01.json").read_text())
+    assert [(c["name"], c["state"], c["detail"]) for c in data["checks"]] == [("a", "passed", "fine")]
+
+
+def test_checks_that_were_cut_short_fail_the_visit(record):
+    assert "before the first one" in gpu_check.read_checks(record.path.parent)[0]["detail"]
+    record.checks = [{"name": "a", "state": "passed", "detail": "", "took_s": 1.0}]
+    record.save()
+    assert [(c["name"], c["state"]) for c in gpu_check.read_checks(record.path.parent)] == [("a", "passed"), ("all checks", "failed")]
 
 
 def test_checks_report_and_stop_at_their_time(record, monkeypatch):
@@ -286,6 +288,35 @@ def test_checks_report_and_stop_at_their_time(record, monkeypatch):
     record.checks.clear()
     gpu_check.run_checks(record, Profile(CPU), until=0.0, say=lambda _: None)
     assert {c["detail"] for c in record.checks} == {"no time left"}
+
+
+def test_fp32_is_checked_more_closely_than_tf32():
+    call = small().ragged()
+
+    def rounded(call, plan, out, lse):
+        cpu_executor(call, plan, out, lse)
+        # the ten bits of a mantissa that tf32 keeps
+        out.mul_(1 + 2**-11)
+
+    assert check_error(cpu_executor, call, "power", 16)
+    with pytest.raises(AssertionError, match="query block"):
+        check_error(rounded, call, "power", 16)
+
+
+def test_a_contestant_that_does_not_compile_does_not_end_the_launch_benchmark(record, monkeypatch):
+    class CompilationError(Exception):
+        """As Triton's, which is no RuntimeError."""
+
+    def fails(*_, **__):
+        raise CompilationError("at 1:2")
+
+    for name in ("prefill", "decode", "_select", "block_sparse_attention"):
+        monkeypatch.setattr(gpu_bench, name, fails)
+    monkeypatch.setattr(gpu_bench.GroupCall, "run", lambda self: None)
+    lab = Lab(CPU, FakeTimer(), record, Sizes(heads=(2, 1), head_dims=(16,), block=16, launch_tokens=32, launch_calls=1))
+    gpu_bench.bench_launch(lab, "launch")
+    assert lab.failed["prefill, power"] == "CompilationError: at 1:2"
+    assert [row["what"] for row in record.rows] == ["public function, head groups"]
 
 
 def small() -> Profile:
@@ -326,7 +357,10 @@ def test_the_error_check_fails_what_is_wrong(damage, message):
 def test_checks_have_names_of_their_own_and_cover_the_issue():
     names = [check.name for check in checks(Profile(torch.device("cuda")))]
     assert len(set(names)) == len(names)
-    wanted = ["lines+tiles", "head_dim 256", "pages of 64", "batch 16", "graph: selection", "no sync: decode", "1048576 tokens", "public function"]
+    # a capture that fails can take the process with it
+    assert names == sorted(names, key=lambda name: name.startswith("graph"))
+    wanted = ["prefill: lists, fp32", "decode: power, fp32", "head groups: rows, fp32"]
+    wanted += ["lines+tiles", "head_dim 256", "pages of 64", "batch 16", "graph: selection", "no sync: decode", "1048576 tokens", "public function"]
     for words in wanted:
         assert any(words in name for name in names), words
 
@@ -414,7 +448,7 @@ def test_a_visit_writes_its_results_and_copies(visit, tmp_path, capsys):
 
 
 def test_failed_tests_fail_the_visit(visit, tmp_path):
-    missing = ["--tests", str(tmp_path / "none.xml"), "--folder", str(tmp_path)]
+    missing = ["--tests", str(tmp_path / "none"), "--folder", str(tmp_path)]
     assert gpu_check.main(["--bench", *missing]) == 1
 
 
@@ -440,8 +474,25 @@ def test_benchmarks_run_in_a_fresh_process_after_a_check_that_broke_the_device(v
     monkeypatch.setattr(gpu_check, "CudaTimer", lost)
     assert gpu_check.main(["--check", "--bench", "--folder", str(tmp_path)]) == 1
     args = gpu_check._parser().parse_args(visit["command"][3:])
-    assert (args.bench, args.check) == (True, False)
     assert [check["name"] for check in Record.resumed(args.resume, None).checks] == ["a"]
+    assert args.bench
+    # there is nothing left of the checks
+    monkeypatch.setattr(gpu_check, "checks", lambda _: [Check("a", lambda: pytest.fail("run twice"))])
+    gpu_check.run_checks(Record.resumed(args.resume, None), Profile(CPU), until=float("inf"))
+
+
+def test_a_check_that_breaks_the_device_does_not_fail_those_behind_it(visit, tmp_path, monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(gpu_check, "checks", lambda _: [Check("a", broken), Check("b", lambda: "fine")])
+    assert gpu_check.main(["--check", "--folder", str(tmp_path)]) == 1
+    args = gpu_check._parser().parse_args(visit["command"][3:])
+    assert (args.check, args.bench, args.restarts) == (True, False, 1)
+    # the fresh process goes on behind it
+    gpu_check.main(visit["command"][3:])
+    assert [(c["name"], c["state"]) for c in Record.resumed(args.resume, None).checks] == [("a", "failed"), ("b", "passed")]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -456,22 +507,21 @@ def test_without_a_gpu_nothing_is_written(tmp_path, capsys):
     assert "no CUDA device" in script.stderr
 
 
-@pytest.mark.parametrize("has_pytest", [True, False])
-def test_the_script_tests_first_and_measures_in_the_time_that_is_left(tmp_path, has_pytest):
+@pytest.mark.parametrize("are_checks_killed", [True, False])
+def test_the_script_checks_first_and_measures_in_the_time_that_is_left(tmp_path, are_checks_killed):
     python = tmp_path / "python"
     # torch and a GPU are there, as far as the script can see
-    python.write_text(f'#!/bin/sh\ncase "$*" in *"import pytest"*) exit {0 if has_pytest else 1};; -m*) echo "run $*";; esac\n')
+    killed = "kill -ABRT $$" if are_checks_killed else "exit 0"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *--check*) echo "run $*"; {killed};; -m*) echo "run $*";; esac\n')
     python.chmod(0o755)
     script = [str(ROOT / "scripts" / "gpu_check.sh"), "--budget-s", "300", "--only", "two words"]
     done = subprocess.run(["sh", *script], env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    runs = [line for line in done.stdout.splitlines() if line.startswith("run")]
-    assert len(runs) == (2 if has_pytest else 1)
-    assert ("-m pytest tests/gpu -m gpu" in runs[0]) == has_pytest
-    assert ("--tests /" in runs[-1]) == has_pytest
-    assert ("--check" in runs[-1]) != has_pytest
-    assert "-m accel.evals.gpu --bench --budget-s " in runs[-1]
-    assert runs[-1].endswith("--only two words")
+    assert done.returncode == are_checks_killed, done.stderr
+    checks_run, benches_run = (line for line in done.stdout.splitlines() if line.startswith("run"))
+    assert "-m accel.evals.gpu --check --budget-s 120 --folder /" in checks_run
+    assert "-m accel.evals.gpu --bench --budget-s " in benches_run
+    assert checks_run.split()[-1] == benches_run.split("--tests ")[1].split()[0]
+    assert benches_run.endswith("--only two words")
 
 
 def test_torch_is_the_only_package_the_visit_imports():

@@ -82,3 +82,11 @@ def test_compiled_generation_on_a_static_cache_equals_the_uncompiled(case: Metho
         got = model.generate(**inputs, **greedy, compile_config=compile_config)
         assert calls(handle) == wanted
     assert torch.equal(got, want)
+
+
+def test_compilers_leave_the_operators_out_of_cuda_graphs() -> None:
+    from accel.patches.hosts.transformers import op
+
+    # a replayed graph would run none of their Python: no plan, no counter, and workspaces that others use by then
+    for operator in (op.attention, op.count_dense):
+        assert torch.Tag.cudagraph_unsafe in operator._opoverload.tags

@@ -12,7 +12,11 @@ from accel.patches.hosts.transformers.attend import Call, attend
 from accel.patches.hosts.transformers.layers import LAYERS
 
 
-@torch.library.custom_op("accel::attention", mutates_args=())
+# transformers compiles decoding on a static cache with CUDA graphs: a replay would neither plan nor count, and would read workspaces that others reuse
+OUTSIDE_GRAPHS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("accel::attention", mutates_args=(), tags=OUTSIDE_GRAPHS)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, live_offset: Tensor | None, offset: int,
     key: int, scale: float, softcap: float | None,
@@ -68,7 +72,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 attention.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-@torch.library.custom_op("accel::count_dense", mutates_args=("ticks",))
+@torch.library.custom_op("accel::count_dense", mutates_args=("ticks",), tags=OUTSIDE_GRAPHS)
 def count_dense(ticks: Tensor, key: int, reason: str) -> None:
     """Counts one dense call of layer `key`. `ticks` is named as changed so that no compiler removes the call."""
     if key in LAYERS:

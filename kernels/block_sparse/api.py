@@ -227,12 +227,16 @@ def _checked(q: Tensor, keys: KeyView, lens: Ragged, *, out: Tensor | None, soft
         raise ValueError(f"q has head_dim {head_dim}, the keys have {keys.head_dim}")
     if q.dtype != keys.dtype:
         raise ValueError(f"q is {q.dtype}, the keys are {keys.dtype}")
+    k, v = keys.storage, keys.value_storage
+    if v.shape[:-1] != k.shape[:-1] or v.dtype != k.dtype or v.device != k.device:
+        found = " and ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (k, v))
+        raise ValueError(f"k and v must agree in all but the head size, got {found}")
     if q.device != keys.device:
         raise ValueError(f"q is on {q.device}, the keys are on {keys.device}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    if torch.is_grad_enabled() and (q.requires_grad or keys.storage.requires_grad):
-        raise UnsupportedError("this attention has no backward pass", ["q or k requires gradients; call it under torch.no_grad()"])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        raise UnsupportedError("this attention has no backward pass", ["q, k or v requires gradients; call it under torch.no_grad()"])
     if lens.batch != keys.kv_len.shape[0]:
         raise ValueError(f"lens describes {lens.batch} sequences, the keys hold {keys.kv_len.shape[0]}")
     if q.device.type == "cpu":
@@ -249,6 +253,8 @@ def _checked(q: Tensor, keys: KeyView, lens: Ragged, *, out: Tensor | None, soft
 def _check_lengths(n_tokens: int, keys: KeyView, lens: Ragged) -> None:
     if not torch.equal(lens.kv_len, keys.kv_len):
         raise ValueError(f"lens.kv_len {lens.kv_len.tolist()} differs from keys.kv_len {keys.kv_len.tolist()}")
+    if outside := keys.why_outside():
+        raise ValueError(outside)
     for rows in lens.rows():
         if not 0 <= rows.q_len <= rows.kv_len:
             raise ValueError(f"sequence {rows.index} has {rows.q_len} query rows, but {rows.kv_len} keys: queries are the last of its keys")

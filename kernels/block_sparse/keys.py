@@ -25,6 +25,11 @@ class KeyView(ABC):
         """The tensor that holds the keys, (..., Hkv, D)."""
 
     @property
+    @abstractmethod
+    def value_storage(self) -> Tensor:
+        """The tensor that holds the values, (..., Hkv, Dv)."""
+
+    @property
     def n_kv_heads(self) -> int:
         return self.storage.shape[-2]
 
@@ -34,8 +39,8 @@ class KeyView(ABC):
 
     @property
     def value_dim(self) -> int:
-        """Dv, the head size of V; subclasses whose V differs from K in it say so."""
-        return self.head_dim
+        """Dv, the head size of V."""
+        return self.value_storage.shape[-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,6 +49,10 @@ class KeyView(ABC):
     @property
     def device(self) -> torch.device:
         return self.storage.device
+
+    def why_outside(self) -> str | None:
+        """Which sequence lies partly outside the storage, or None. Reads lengths on the host: for CPUs."""
+        return None
 
     @abstractmethod
     def tokens(self, b: int) -> tuple[Tensor, Tensor]:
@@ -97,8 +106,8 @@ class ContiguousKeys(KeyView):
         return self.k
 
     @property
-    def value_dim(self) -> int:
-        return self.v.shape[-1]
+    def value_storage(self) -> Tensor:
+        return self.v
 
     def __post_init__(self) -> None:
         for name, t in (("k", self.k), ("v", self.v)):
@@ -116,6 +125,12 @@ class ContiguousKeys(KeyView):
         if k_pitch != v_pitch:
             raise ValueError(f"k and v need the same memory layout, got strides {k.stride()} and {v.stride()}")
         return cls(k=k_flat, v=v_flat, start=begin + torch.arange(batch, device=k.device) * k_pitch, kv_len=length)
+
+    def why_outside(self) -> str | None:
+        for b, (first, n) in enumerate(zip(self.start.tolist(), self.kv_len.tolist(), strict=True)):
+            if n and not 0 <= first <= self.k.shape[0] - n:
+                return f"sequence {b}: keys {first}..{first + n - 1} lie outside the {self.k.shape[0]} tokens of k"
+        return None
 
     def tokens(self, b: int) -> tuple[Tensor, Tensor]:
         rows = slice(int(self.start[b]), int(self.start[b]) + int(self.kv_len[b]))
@@ -172,8 +187,8 @@ class PagedKeys(KeyView):
         return self.k_pages
 
     @property
-    def value_dim(self) -> int:
-        return self.v_pages.shape[-1]
+    def value_storage(self) -> Tensor:
+        return self.v_pages
 
     @property
     def page_size(self) -> int:

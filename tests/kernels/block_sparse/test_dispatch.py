@@ -110,6 +110,20 @@ def test_out_is_written_whole_and_returned(case, impl):
     assert lse.dtype == torch.float32
 
 
+def with_keys(one, **changes):
+    return replace(one, keys=replace(one.keys, **changes))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_gradients_are_refused_wherever_they_begin(case, name):
+    one = case([20], Hq=4, Hkv=2)
+    {"q": one.q, "k": one.keys.k, "v": one.keys.v}[name].requires_grad_()
+    with pytest.raises(UnsupportedError, match="no backward pass"):
+        run(one)
+    with torch.no_grad():
+        run(one)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -122,8 +136,15 @@ def test_out_is_written_whole_and_returned(case, impl):
         (lambda one: replace(one, lens=Ragged.of([20], [20], q_start=[1])), "outside the 20 rows of q"),
         (lambda one: replace(one, lens=Ragged.of([21], [20])), "21 query rows, but 20 keys"),
         (lambda one: replace(one, softcap=-1.0), "softcap must be positive"),
+        (lambda one: with_keys(one, v=one.keys.v[:5]), "k and v must agree"),
+        (lambda one: with_keys(one, v=one.keys.v[:, :1]), "k and v must agree"),
+        (lambda one: with_keys(one, v=one.keys.v.double()), "k and v must agree"),
+        (lambda one: with_keys(one, start=torch.tensor([5])), r"sequence 0: keys 5\.\.24 lie outside the 20 tokens of k"),
     ],
-    ids=["strides", "gqa", "head_dim", "dtype", "kv_len", "batch", "rows", "more_rows_than_keys", "softcap"],
+    ids=[
+        "strides", "gqa", "head_dim", "dtype", "kv_len", "batch", "rows", "more_rows_than_keys", "softcap", "tokens_of_v", "heads_of_v", "dtype_of_v",
+        "start",
+    ],
 )
 def test_a_wrong_argument_explains_itself(case, change, message):
     one = change(case([20], Hq=4, Hkv=2))

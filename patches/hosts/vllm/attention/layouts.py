@@ -55,6 +55,10 @@ class TiledKeys(PooledPages):
     def storage(self) -> Tensor:
         return self.k_tiles.transpose(1, 2)
 
+    @property
+    def value_storage(self) -> Tensor:
+        return self.v_tiles.transpose(1, 2)
+
     def tokens(self, b: int) -> tuple[Tensor, Tensor]:
         return self.head_tokens(b, range(self.n_kv_heads))
 

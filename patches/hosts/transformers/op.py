@@ -11,8 +11,7 @@ from accel.errors import UnsupportedError
 from accel.patches.hosts.transformers.attend import Call, attend
 from accel.patches.hosts.transformers.layers import LAYERS
 
-
-# transformers compiles decoding on a static cache with CUDA graphs: a replay would neither plan nor count, and would read workspaces that others reuse
+# transformers compiles decoding on a static cache with CUDA graphs: a replay would neither plan nor count, and would read what others overwrite
 OUTSIDE_GRAPHS = (torch.Tag.cudagraph_unsafe,)
 
 

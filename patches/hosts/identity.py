@@ -6,8 +6,10 @@ import hashlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from accel.errors import UnsupportedError
+
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 # values of a parameter whose signs count
@@ -53,5 +55,20 @@ def fingerprint(model: nn.Module, family: str | None = None) -> str:
     digest = hashlib.sha256((family or str(model.config.model_type)).encode())  # type: ignore[union-attr]
     for name, p in model.named_parameters():
         step = max(1, p.numel() // N_SIGNS)
-        digest.update(f"{name}{tuple(p.shape)}".encode() + bytes(p.detach().flatten()[::step].signbit().tolist()))
+        digest.update(f"{name}{tuple(p.shape)}".encode() + bytes(_values(model, name, p).flatten()[::step].signbit().tolist()))
     return digest.hexdigest()[:16]
+
+
+def _values(model: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """The values of a parameter, fetched where accelerate has offloaded them."""
+    if not parameter.is_meta:
+        return parameter.detach()
+    from accelerate.utils import align_module_device
+
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module):
+        found: Tensor = getattr(module, own).detach()
+    if found.is_meta:
+        raise UnsupportedError(f"the weights of {type(model).__name__} are not loaded ({name} is on the meta device): they cannot be told apart")
+    return found

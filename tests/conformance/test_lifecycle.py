@@ -103,6 +103,8 @@ def test_a_pickled_model_comes_back_dense(case: MethodCase) -> None:
     dense = logits(model)
     with accel.apply(model, case.sparse()):
         loaded = pickle.loads(pickle.dumps(model))
+    # another process has registered none of accel's names
+    assert loaded.config._attn_implementation == "sdpa"
     assert torch.equal(logits(loaded), dense)
     with accel.apply(loaded, case.sparse()) as handle:
         assert not torch.equal(logits(loaded), dense)
@@ -170,11 +172,20 @@ def test_a_model_thrown_away_while_patched_frees_its_state() -> None:
     handle = accel.apply(model, METHOD.sparse())
     assert len(LAYERS) == 3
     gone = weakref.ref(model)
-    del model
-    handle.undo()
-    del handle
+    del model, handle
     gc.collect()
     assert gone() is None
+    assert LAYERS == {}
+
+
+def test_nothing_piles_up_where_a_model_is_patched_again_and_again() -> None:
+    model = FAMILIES["llama"].build()[0]
+    before = len(weakref.finalize._registry)    # type: ignore[attr-defined]
+    for _ in range(3):
+        with accel.apply(model, METHOD.sparse()):
+            pass
+    gc.collect()
+    assert len(weakref.finalize._registry) == before    # type: ignore[attr-defined]
     assert LAYERS == {}
 
 

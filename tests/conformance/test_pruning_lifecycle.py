@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +78,19 @@ def test_a_saved_model_is_not_pruned() -> None:
         torch.save(model, stored)
     stored.seek(0)
     assert_bit_equal(run(torch.load(stored, weights_only=False), inputs), run(model, inputs))
+
+
+def test_a_saved_model_runs_in_a_process_that_has_patched_nothing(tmp_path: Path) -> None:
+    model, inputs = FAMILIES["gemma3 vlm"].build()
+    want = FAMILIES["gemma3 vlm"].build()[0](**inputs).logits.detach()
+    try:
+        torch.save(model, io.BytesIO())
+    except AttributeError as error:
+        pytest.skip(f"this release cannot save the plain model: {error}")
+    with accel.apply(model, accel.FasterVLM(keep=0.5), accel.FastV(keep=0.5, layer=2), EveryBlock()):
+        torch.save((model, inputs, want), tmp_path / "patched")
+    load = "import sys, torch; model, inputs, want = torch.load(sys.argv[1], weights_only=False); assert torch.equal(model(**inputs).logits, want)"
+    subprocess.run([sys.executable, "-c", load, str(tmp_path / "patched")], check=True, timeout=120)
 
 
 def test_a_pruned_cache_is_refused_by_the_model_as_it_was() -> None:
@@ -157,6 +173,13 @@ def test_embeddings_alone_are_left_whole_and_counted() -> None:
         assert "embeddings without input_ids" in handle.report()
 
 
+def test_placeholders_whose_pictures_nobody_saw_are_counted() -> None:
+    it = subject("llava")
+    with accel.apply(it.model, FRONT) as handle:
+        assert torch.equal(it.model(input_ids=it.inputs["input_ids"]).logits, it.model(input_ids=it.inputs["input_ids"]).logits)
+        assert "2 left whole (placeholders without pictures)" in handle.report()
+
+
 def test_an_offloaded_cache_is_refused() -> None:
     it = subject("llava")
     cache = DynamicCache(config=it.model.config.text_config)
@@ -216,6 +239,25 @@ def test_an_error_inside_the_decoder_leaves_nothing_for_the_next_prompt(monkeypa
             with pytest.raises(ZeroDivisionError):
                 it.model(**it.inputs)
         assert torch.equal(it.model(input_ids=text).logits, plain)
+
+
+def test_an_interrupt_inside_the_decoder_leaves_nothing_for_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torch runs no hook behind an interrupted module, so that nobody can clear up
+    it = subject("llava")
+    text, embeds = torch.arange(20, 80)[None], it.model.get_input_embeddings()(it.inputs["input_ids"])
+    plain, alone = it.model(input_ids=text).logits, it.model.get_decoder()(inputs_embeds=embeds).last_hidden_state
+
+    def interrupt(x: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with accel.apply(it.model, Chosen(at=((None, 0.5), (1, 0.5)))):
+        for call in (lambda: it.model(**it.inputs), lambda: run_generate(it.model, it.inputs)):
+            with monkeypatch.context() as patch:
+                patch.setattr(it.model.get_decoder().layers[1].mlp, "forward", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    call()
+            assert torch.equal(it.model.get_decoder()(inputs_embeds=embeds).last_hidden_state, alone)
+            assert torch.equal(it.model(input_ids=text).logits, plain)
 
 
 @every_family
@@ -325,6 +367,30 @@ def test_a_loss_that_is_set_while_patched_stays() -> None:
     with accel.apply(model, FRONT):
         model.loss_function = mine
     assert model.loss_function is mine
+
+
+# padding inside the picture, or causal attention: masks that only the attention they are made for can read
+@pytest.mark.parametrize(("name", "method"), [("llava", accel.FastV(keep=0.5, layer=2)), ("smolvlm", accel.FasterVLM(keep=0.5))])
+@pytest.mark.parametrize("order", [("eager", "sdpa"), ("sdpa", "eager")], ids=["sdpa last", "eager last"])
+@torch.no_grad()
+def test_an_attention_that_is_set_while_patched_runs_in_every_layer(name: str, method: Any, order: tuple[str, str]) -> None:
+    model, inputs = FAMILIES[name].build()
+    if name == "smolvlm":
+        inputs["pixel_attention_mask"] = (torch.arange(16) < 10).long().expand(1, 1, 16, 16)
+    first, last = order
+    model.set_attn_implementation(last)
+    with accel.apply(model, method):
+        want = model(**inputs).logits
+    model.set_attn_implementation(first)
+    with accel.apply(model, method) as handle:
+        twin = copy.deepcopy(model)
+        for patched in (model, twin):
+            patched.set_attn_implementation(last)
+        torch.testing.assert_close(model(**inputs).logits, want, rtol=1e-4, atol=1e-4)
+        assert "not in use" not in handle.report()
+        got = twin(**inputs).logits
+    torch.testing.assert_close(got, model(**inputs).logits, rtol=1e-4, atol=1e-4)
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {last}
 
 
 @pytest.mark.parametrize("how", ["reorder", "select", "repeat"])

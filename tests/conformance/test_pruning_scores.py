@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -424,6 +425,23 @@ def test_placeholders_in_an_answer_are_ordinary_tokens() -> None:
     gone = dropped(events, inputs, model)
     want = hidden_run(model, inputs, gone, logits_processor=say)
     assert torch.equal(got.sequences, want.tokens)
+
+
+def test_counters_hold_what_several_threads_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = subject("llava").model, inputs_of("llava")
+    real = Tensor.sum
+
+    def slow(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # as on a busy machine: another thread's turn
+        time.sleep(1e-3)
+        return real(self, *args, **kwargs)
+
+    with accel.apply(model, accel.FasterVLM(keep=0.25)) as handle, torch.no_grad():
+        monkeypatch.setattr(Tensor, "sum", slow)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: torch.no_grad()(model)(**inputs), range(24)))
+        tokens = handle.stats.tokens
+        assert (tokens.prompts, tokens.patches, tokens.kept_patches, tokens.layer_tokens) == (24, 24 * 16, 24 * 4, 24 * 12)
 
 
 def test_two_threads_do_not_see_each_others_pictures() -> None:

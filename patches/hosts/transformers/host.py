@@ -103,15 +103,14 @@ def _patch_attention(base: nn.Module, modules: list[nn.Module], method: SparseAt
         )  # fmt: skip
         slot = Slot(add_layer(state), handle)
         slots.append(slot)
-        handle.on_undo(partial(remove_layer, slot.key))
+        # a model thrown away while patched must not leave its state behind
+        handle.on_undo(weakref.finalize(module, remove_layer, slot.key))
         handle.set_attr(module, SLOT, slot)
         switch_implementation(module.config, register(original), handle)
         if state.skip_reason is None:
             handle.patched_layers.append(layer)
         else:
             handle.skipped_layers[layer] = state.skip_reason
-        # a model thrown away while patched must not leave its state behind
-        weakref.finalize(module, remove_layer, slot.key)
 
     for layer in set(range(info.n_layers)).difference(handle.patched_layers, handle.skipped_layers):
         handle.skipped_layers[layer] = _why_no_module(info.layer_types[layer])

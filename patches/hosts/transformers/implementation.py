@@ -21,10 +21,11 @@ class _Switched:
 _SWITCHED: dict[int, _Switched] = {}
 
 
-def switch_implementation(config: Any, name: str, handle: Handle) -> None:
+def switch_implementation(config: Any, name: str, handle: Handle, *, is_needed: bool = True) -> None:
     """Sets the config's attention implementation to `name` until the last handle that asked for it is undone or thrown away.
 
     The second of two models that share a config finds the name set already; the first one's undo must not take it away.
+    is_needed: whether the methods stand still once somebody sets another implementation; reports then say so.
     """
     entry = _SWITCHED.get(id(config))
     if entry is not None and id(handle) in entry.users:
@@ -39,7 +40,8 @@ def switch_implementation(config: Any, name: str, handle: Handle) -> None:
     entry.users.add(id(handle))
     release = partial(_release, id(config), id(handle))
     handle.on_undo(release)
-    handle.on_report(partial(_why_out_of_use, entry))
+    if is_needed:
+        handle.on_report(partial(_why_out_of_use, entry))
     weakref.finalize(handle, release)
 
 

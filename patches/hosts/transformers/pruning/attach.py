@@ -55,7 +55,8 @@ def prune_tokens(
     for module in attentions:
         config: Any = module.config
         original = original_of(config._attn_implementation) or config._attn_implementation
-        switch_implementation(config, register(original), handle)
+        # lazy masks are cheaper, but finished ones are cut as well
+        switch_implementation(config, register(original), handle, is_needed=False)
     front = Decoder(stages, token_ids, handle, n_layers=info.n_layers, original=original, is_compact=active[0].position_mode == "compact")
     handle.prunes_tokens = True
     handle.set_attr(model, MARK, Mark([m.method_name() for m in active]))

@@ -7,6 +7,7 @@ share of them. The whole prompt stays whole outside: ids, cache lengths and what
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Decoder:
     ) -> None:
         self.stages, self.token_ids, self.handle = list(stages), token_ids, handle
         self.n_layers, self.original, self.is_compact = n_layers, original, is_compact
-        self.runtime = Runtime()
+        self.runtime, self.counting = Runtime(), Lock()
         self.is_on = True
 
     # --- in front of the decoder ------------------------------------------------------------------------------------------------
@@ -77,8 +78,9 @@ class Decoder:
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         runtime, embeds, cache = self.runtime, kwargs.get("inputs_embeds"), cache_of(kwargs)
-        runtime.running = None
-        prompt = None if embeds is None or runtime.forward is None else self._prompt(runtime.forward, embeds, cache)
+        # taken, not read: hooks behind a module do not run after an interrupt, and a decoder called by itself has no prompt
+        forward, runtime.forward, runtime.running = runtime.forward, None, None
+        prompt = None if embeds is None or forward is None else self._prompt(forward, embeds, cache)
         if prompt is None or not prompt.cuts:
             return self._go_on(args, kwargs)
         assert embeds is not None       # or there would be no prompt
@@ -142,6 +144,8 @@ class Decoder:
             return None
         pictures = pictures_for(owner)
         if not pictures:
+            # their features came by a way that nobody watched, or never
+            self.handle.stats.tokens.skipped["placeholders without pictures"] += sum(self.has_placeholders(row) for row in ids)
             return None
         tokens = visual_tokens(ids, self.token_ids, pictures)
         n_copies = max(1, sum(len(row) for row in tokens.seen) // max(1, sum(len(p) for p in pictures.values())))
@@ -267,20 +271,23 @@ class Decoder:
         prompt, stats = running.prompt, self.handle.stats.tokens
         tokens, n = prompt.tokens, prompt.n_copies
         patches, structural = int(tokens.is_visual.sum()) // n, int(tokens.is_structural.sum()) // n
-        stats.prompts += sum(bool(row) for row in tokens.seen) // n
-        stats.skipped["no picture"] += sum(not row for row in tokens.seen) // n
-        stats.patches += patches
-        stats.structural += structural
         left, last, total = tokens.exists, 0, 0
         for cut in prompt.cuts:
             if cut.alive is not None:
                 total += (cut.layer - last) * int((left & tokens.is_visual).sum()) // n
                 left, last = cut.alive, cut.layer
-        total += (self.n_layers - last) * int((left & tokens.is_visual).sum()) // n
-        stats.kept_patches += int((left & tokens.is_visual).sum()) // n
-        stats.kept_structural += int((left & tokens.is_structural).sum()) // n
-        stats.layer_tokens += total
-        stats.all_layer_tokens += self.n_layers * patches
+        kept, kept_structural = (int((left & kind).sum()) // n for kind in (tokens.is_visual, tokens.is_structural))
+        total += (self.n_layers - last) * kept
+        # several threads may be at this point
+        with self.counting:
+            stats.prompts += sum(bool(row) for row in tokens.seen) // n
+            stats.skipped["no picture"] += sum(not row for row in tokens.seen) // n
+            stats.patches += patches
+            stats.structural += structural
+            stats.kept_patches += kept
+            stats.kept_structural += kept_structural
+            stats.layer_tokens += total
+            stats.all_layer_tokens += self.n_layers * patches
 
     def deepstack(self, original: Any, hidden: Tensor, visual_mask: Tensor, features: Tensor) -> Any:
         """Visual features added behind a layer, to those of their tokens that are left. visual_mask: (B, q) bool; features: (its ones, D)."""

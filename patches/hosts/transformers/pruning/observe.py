@@ -24,16 +24,27 @@ PREFIX = "accel_watched_"
 
 
 class Watcher:
-    """The mark on a watched attention module. see(q, k, key_mask, scale, softcap) is called before its attention runs. Copies see nothing."""
+    """The mark on a watched attention module. see(q, k, key_mask, scale, softcap) is called before its attention runs. Copies see nothing.
 
-    def __init__(self, see: Callable[..., None] | None) -> None:
-        self.see = see
+    config: the module's own, which it gets back; it names the attention that runs, and that its neighbours' masks are made for. inner: what it
+    named when our function was put in front of it.
+    """
+
+    def __init__(self, see: Callable[..., None] | None, config: Any, inner: str) -> None:
+        self.see, self.config, self.inner = see, config, inner
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Watcher:
-        return Watcher(None)
+        return Watcher(None, copy.deepcopy(self.config, memo), self.inner)
 
-    def __reduce__(self) -> tuple[type[Watcher], tuple[None]]:
-        return Watcher, (None,)
+    def __reduce__(self) -> Any:
+        # `str`: names of ours are pickled as what stands behind them
+        return _blind, (self.config, str(self.inner))
+
+
+def _blind(config: Any, inner: str) -> Watcher:
+    """A watcher out of a pickle, in a process that may not have registered our function yet."""
+    _register(inner)
+    return Watcher(None, config, inner)
 
 
 def watch(module: nn.Module, see: Callable[..., None], handle: Handle) -> None:
@@ -47,7 +58,7 @@ def watch(module: nn.Module, see: Callable[..., None], handle: Handle) -> None:
         raise UnsupportedError(f"{type(module).__name__} runs {inner!r}, which accel cannot call and hence not watch")
     watched = copy.copy(config)
     watched._attn_implementation_internal = _register(inner)
-    handle.set_attr(module, WATCHER, Watcher(see))
+    handle.set_attr(module, WATCHER, Watcher(see, config, inner))
     handle.set_attr(module, "config", watched)
 
 
@@ -64,8 +75,11 @@ def _register(inner: str) -> str:
                 scale = query.shape[-1] ** -0.5 if scaling is None else scaling
                 if query.shape[2] > 1 or not torch.compiler.is_compiling():
                     outside_graph(watcher.see, query, key, attention_mask, scale, kwargs.get("softcap"))
-            function = original_attention(module, inner)
-            assert function is not None     # `watch` asked
+            # somebody may have called set_attn_implementation since
+            current = inner if watcher is None else watcher.config._attn_implementation
+            function = original_attention(module, current)
+            if function is None:
+                raise UnsupportedError(f"{type(module).__name__} runs {current!r}, which accel cannot call")
             return call_original(function, module, query, key, value, attention_mask, scaling=scaling, kwargs=kwargs)
 
         AttentionInterface.register(name, watched_attention)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig
 
 import accel
+from accel.patches.hosts.identity import fingerprint
 
 SPARSE = accel.Streaming(window_blocks=1, block_size=16, min_seq_len=0)
 
@@ -85,6 +86,19 @@ def test_offloaded_weights_give_the_same_result(model: nn.Module, batch: dict) -
     with accel.apply(model, SPARSE) as handle:
         assert torch.equal(model(**batch).logits, expected)
         assert handle.stats.total.sparse_calls == 3
+
+
+def test_offloaded_weights_are_known_by_the_same_fingerprint(model: nn.Module) -> None:
+    from accelerate import cpu_offload
+
+    here = fingerprint(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())
+    assert fingerprint(model) == here
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    with pytest.raises(accel.UnsupportedError, match="not loaded"):
+        fingerprint(empty)
 
 
 @torch.no_grad()

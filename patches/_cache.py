@@ -49,12 +49,15 @@ class CacheBudget(KVCompression):
         return model.scale_shapes is not None and step == len(model.scale_shapes) - 1
 
     def best(self, ctx: CompressionContext, scores: Tensor, n: int, *, forced: Tensor | None = None) -> Tensor:
-        """(B, H, n) int64 ascending: the forced entries first, then protected text, then those with the largest scores; padding last."""
+        """(B, H, n) int64 ascending: the forced entries first, then protected text, then those with the largest scores; padding last.
+
+        forced: (B, H, N) bool, none of padding.
+        """
         text = text_entries(ctx) if self.protect_text else None
         there = ctx.valid if text is None else ctx.valid & text
         lowest = torch.finfo(scores.dtype).min if scores.dtype.is_floating_point else torch.iinfo(scores.dtype).min
         scores = scores.masked_fill(~ctx.valid, lowest)
-        return largest(scores, n, forced=None if forced is None else forced & ctx.valid, preferred=None if text is None else there)
+        return largest(scores, n, forced=forced, preferred=None if text is None else there)
 
 
 def text_entries(ctx: CompressionContext) -> Tensor | None:
@@ -173,6 +176,5 @@ def evenly_spread(n: int, n_rows: int, device: torch.device) -> Tensor:
 
 
 def newest(ctx: CompressionContext, n: int) -> Tensor:
-    """(N,) bool: the last n entries; they stand in the order of their positions."""
-    n_entries = ctx.k.shape[2]
-    return torch.arange(n_entries, device=ctx.k.device) >= n_entries - n
+    """(B, H, N) bool: of each row the last n entries that are there; they stand in the order of their positions."""
+    return ctx.valid & (ctx.valid.flip(-1).cumsum(-1).flip(-1) <= n)

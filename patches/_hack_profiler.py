@@ -49,7 +49,8 @@ class Sums:
         )
         unconditional = (self.sigma_unconditional / self.n_guided).float() if self.n_guided else None
         sigma, entropy, scale_use, mass = ((t / self.n).float() for t in (self.sigma, self.entropy, self.scale_use, self.mass))
-        sigma[[kind != "full_attention" for kind in info.layer_types]] = -1.0
+        # the host shows no layer with a window, nor one whose keys others read: 0 would call their heads the most contextual of all
+        sigma[(self.entropy == 0).all(1)] = -1.0
         return HeadProfile(sigma, entropy, scale_use, header, unconditional, mass if info.scale_shapes is None else None)
 
     def save(self, path: Path, about: Mapping[str, str]) -> None:

@@ -80,7 +80,7 @@ class HeadProfile:
     to the same keys whatever the query. sigma_unconditional: the same of the other rows of guided pictures, or None.
     entropy: (L, H) fp32, mean entropy of a row as a share of the largest possible. scale_use: (L, H, K, K) fp32, how much of its attention a query of
     one scale (third axis) gives to each (last axis). Of a decoder K is 0 and σ is that of the last quarter of prompts, over the keys before it, the
-    largest of a KV head's query heads, −1 in layers that have no cache of the whole sequence; mass: (L, H) fp32, how much attention those keys get.
+    largest of a KV head's query heads, −1 in layers whose cache no method may shorten; mass: (L, H) fp32, how much attention those keys get.
     """
 
     sigma: Tensor

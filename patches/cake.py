@@ -70,7 +70,7 @@ class CAKE(CacheBudget):
     def select(self, ctx: CompressionContext, group: HeadGroup) -> Retain:
         """The window's own entries, and of the others those with the largest pooled mean and variance of attention."""
         attention = self._look(ctx)
-        own = newest(ctx, min(attention.shape[2], group.budget // 2)) & ctx.valid
+        own = newest(ctx, min(attention.shape[2], group.budget // 2))
         worth = attention.mean(2) + self.gamma * attention.var(2, correction=0)
         scores = self._over_pairs(worth, ctx).masked_fill(own, 0.0)
         pooled = F.avg_pool1d(scores, self.kernel, stride=1, padding=self.kernel // 2)

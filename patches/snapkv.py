@@ -43,7 +43,7 @@ class SnapKV(ScoredCache):
         window = min(self.window, n_new)
         votes = attention_received(ctx, torch.arange(n_new - window, n_new, device=ctx.q.device))
         votes = self.over_pairs(votes, ctx)
-        own = newest(ctx, min(window, group.budget // 2)) & ctx.valid
+        own = newest(ctx, min(window, group.budget // 2))
         # the window ranks nobody by its own entries: they neither compete nor lend their votes to neighbours
         votes = votes.masked_fill(own, 0.0)
         pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d

@@ -34,5 +34,4 @@ class StreamingKV(HeadBudgets):
         # the first that are there: padding stands in front of them
         is_sink = ctx.valid & (ctx.valid.cumsum(-1) <= n_sinks)
         stays = is_sink | newest(ctx, group.budget - n_sinks)
-        # padding is replaced by entries just before the window
         return Retain(self.best(ctx, places.expand(ctx.valid.shape), group.budget, forced=stays))

@@ -16,6 +16,7 @@ from conformance.kv_runs import (
     assert_equals_hiding,
     cache_in,
     groups_of,
+    kept_of,
     recorded,
     showing,
     small,
@@ -99,6 +100,37 @@ def test_a_left_padded_row_generates_what_it_generates_alone(method: str, keep: 
             assert (batch.scores[row] - alone.scores[0]).abs().max() <= ROUNDING * alone.logits.abs().max()
 
 
+@every_method
+@torch.no_grad()
+def test_a_right_padded_row_keeps_what_it_keeps_alone(method: str) -> None:
+    model, inputs, n = wide(), plain(2), 70
+    inputs["attention_mask"][1, n:] = 0
+    held, alone = fresh(model), fresh(model)
+    with accel.apply(model, small(method, keep=20)):
+        model(**inputs, **{CACHE: held})
+        model(inputs["input_ids"][1:, :n], **{CACHE: alone})
+    # padding behind a row is neither its newest tokens, nor has it a say in which others stay
+    for layer, kept in kept_of(alone).items():
+        assert torch.equal(kept_of(held)[layer][1, :, :n], kept[0])
+
+
+# neighbours, which snapkv pools over, and numbers, which random_kv draws by, are others beside padding
+@pytest.mark.parametrize("method", ["h2o", "hack", "streaming_kv"])
+@torch.no_grad()
+def test_padding_in_front_of_a_later_turn_has_no_say_in_what_stays(method: str) -> None:
+    model, first, new = wide(), words(2, 60, seed=3), words(2, 30, seed=4)
+    mask, positions = torch.ones(2, 90, dtype=torch.int64), torch.arange(60, 90).repeat(2, 1)
+    mask[1, 60:80], positions[1, 20:] = 0, torch.arange(60, 70)
+    held, alone = fresh(model), fresh(model)
+    with accel.apply(model, small(method, keep=20)):
+        model(first, **{CACHE: held})
+        model(new, attention_mask=mask, position_ids=positions, **{CACHE: held})
+        model(first[1:], **{CACHE: alone})
+        model(new[1:, 20:], **{CACHE: alone})
+    for layer, kept in kept_of(alone).items():
+        assert torch.equal(kept_of(held)[layer][1][:, mask[1].bool()], kept[0])
+
+
 def test_a_row_shorter_than_the_budget_keeps_all_it_has() -> None:
     model, inputs = wide(), padded("left")
     inputs["input_ids"][1, :90] = inputs["attention_mask"][1, :90] = 0
@@ -161,6 +193,27 @@ def test_padding_among_the_new_tokens_of_a_turn_is_seen_by_nobody(kind: str) -> 
         got = both(mask.shape[1])
     with showing(model, passes):
         want = both(mask.shape[1])
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).abs().max() <= ROUNDING * other.abs().max()
+
+
+@every_method
+@torch.no_grad()
+def test_a_later_mask_may_hide_tokens_that_an_earlier_one_showed(method: str) -> None:
+    model, mask = wide(), torch.ones(1, N_TOKENS + 3, dtype=torch.int64)
+    mask[:, 5 : N_TOKENS - 6] = 0
+
+    def both() -> list[Tensor]:
+        held = fresh(model)
+        model(words(), **{CACHE: held})
+        hiding = model(words(length=3), attention_mask=mask, **{CACHE: held}).logits
+        # hidden for a pass is not gone
+        return [hiding, model(words(length=1), **{CACHE: held}).logits]
+
+    with accel.apply(model, small(method, every=100)), recorded(model) as passes:
+        got = both()
+    with showing(model, passes):
+        want = both()
     for one, other in zip(got, want, strict=True):
         assert (one - other).abs().max() <= ROUNDING * other.abs().max()
 

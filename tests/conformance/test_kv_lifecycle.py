@@ -106,6 +106,31 @@ def test_a_pass_that_the_method_may_not_see_costs_no_entries_later() -> None:
         model(words(length=1), output_attentions=True, **{CACHE: held})
 
 
+@every_method
+@pytest.mark.parametrize("other", METHODS)
+@torch.no_grad()
+def test_another_method_goes_on_with_what_one_has_left(method: str, other: str) -> None:
+    model, held = wide(), fresh(wide())
+    with accel.apply(model, small(method)):
+        model(words(), **{CACHE: held})
+    left = kept_of(held)[0]
+    with accel.apply(model, small(other, keep=0.1)):
+        for length in (1, 1, 9, 1, 1):
+            assert model(words(length=length), **{CACHE: held}).logits.isfinite().all()
+    assert not (kept_of(held)[0][:, :, :N_TOKENS] & ~left).any()
+
+
+@torch.no_grad()
+def test_dropout_is_refused_once_entries_are_gone() -> None:
+    model = instance("LlamaForCausalLM", text_config("LlamaConfig", attention_dropout=0.5))
+    held = fresh(model)
+    with accel.apply(model, small("snapkv")):
+        model(words(), **{CACHE: held})
+        model.train()
+        with pytest.raises(UnsupportedError, match="attention dropout"):
+            model(words(length=1), **{CACHE: held})
+
+
 def test_a_second_apply_raises_and_names_the_method() -> None:
     model = wide()
     with accel.apply(model, small("snapkv")):
@@ -256,6 +281,21 @@ def test_threads_do_not_share_a_pass(name: str) -> None:
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda inputs: it.model.generate(**inputs, **ANSWER), prompts * 3))
     assert all(torch.equal(got, expected) for got, expected in zip(found, want * 3, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 1), (5, 5)], ids=str)
+@pytest.mark.parametrize("at", ["q_proj", "o_proj"])
+@torch.no_grad()
+def test_a_cache_that_a_broken_pass_left_uneven_is_refused(lengths: tuple[int, int], at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, held = wide(), fresh(wide())
+    with accel.apply(model, small("snapkv")):
+        model(words(), **{CACHE: held})
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(model.model.layers[1].self_attn, at), "forward", lambda x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(words(length=lengths[0]), **{CACHE: held})
+        with pytest.raises(UnsupportedError, match="broken off"):
+            model(words(length=lengths[1]), **{CACHE: held})
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.test_kv_families import shared_model
 from next_scale import INFO
 from tiny_llama import byte_tokenizer, tiny_model
 from torch import Tensor
@@ -16,7 +17,7 @@ import accel
 from accel.errors import OptionError, UnsupportedError
 from accel.evals.models import LoadedModel
 from accel.patches._hack_calibration import profile_heads
-from accel.patches._head_profile import HeadProfile
+from accel.patches._head_profile import HeadProfile, classify
 from accel.patches.hack import HACK
 from accel.patches.snapkv import SnapKV
 from accel.protocols import UNLIMITED, CompressionContext, HeadGroup
@@ -38,6 +39,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedModel, Path]:
     model = loaded()
     profile_heads(model, folder / "prose.txt", folder / "run", fixed={"keep": 0.4}, n_samples=3, show_progress=False)
     return model, folder
+
+
+def test_layers_whose_cache_stays_whole_have_no_kinds_of_heads(tmp_path: Path) -> None:
+    # of three layers with full attention the last two share keys and values
+    toy = LoadedModel(shared_model(), lambda text, **how: {"input_ids": [byte % 90 + 2 for byte in text.encode()]}, "toy")
+    (tmp_path / "prose.txt").write_text(PROSE)
+    method = profile_heads(toy, tmp_path / "prose.txt", tmp_path / "run", fixed={"alpha": 0.5}, n_samples=1, show_progress=False)
+    profile = HeadProfile.load(tmp_path / "run" / "profile.safetensors")
+    assert (profile.sigma >= 0).all(1).tolist() == [True] + [False] * 5
+    with accel.apply(toy.model, method) as handle:
+        assert handle.patched_layers == [0]
+    assert sorted(map(sum, classify(profile, alpha=0.5, fallback=0.5))) == [0] * 5 + [1]
 
 
 # --- the profile --------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ class KVCall:
             # masks are built on one device, layers may lie on others
             valid = valid.to(self.k.device)
         with torch.no_grad():
-            self._note(layer.whole_index(len(self.k))[:, -self.q.shape[2] :])
+            length = self.q.shape[2]
+            self._note(layer.whole_index(len(self.k))[:, -length:], None if valid is None else valid[:, -length:])
             if self.needs.attention_mass:
                 received = _over_group(self._received(valid), self.k.shape[1])
                 # entries that came in passes the method did not see have got nothing so far
@@ -192,18 +193,21 @@ class KVCall:
             entries.followed_by(self.k[:, list(heads)], self.v[:, list(heads)], numbers, valid)
             for heads, entries in zip(layer.heads, layer.groups, strict=True)
         ]
-        if all(entries.valid is None for entries in groups):
-            parts = [KVGroup(heads, entries.k, entries.v) for heads, entries in zip(layer.heads, groups, strict=True)]
+        seen = [self._seen(entries, mask) for entries in groups]
+        if all(entries.valid is None for entries in seen):
+            parts = [KVGroup(heads, entries.k, entries.v) for heads, entries in zip(layer.heads, seen, strict=True)]
             out = grouped_attention(self.q, parts, scale=self.scale, softcap=self.softcap, n_causal=n_new)
         else:
             out = torch.empty_like(self.q)
-            for heads, entries in zip(layer.heads, groups, strict=True):
+            for heads, entries in zip(layer.heads, seen, strict=True):
                 own = _query_heads(heads, each, self.q.device)
                 out[:, own] = entries.attention(self.q[:, own], self.scale, softcap=self.softcap, n_causal=n_new)
         if self.needs.attention_mass:
-            groups = [self._with_mass(entries, _query_heads(heads, each, self.q.device)) for heads, entries in zip(layer.heads, groups, strict=True)]
+            received = [self._given_to(entries, heads, valid) for heads, entries in zip(layer.heads, seen, strict=True)]
+            # another method may have dropped the others, without a look at what these received
+            groups = [replace(old, mass=new if old.mass is None else old.mass + new) for old, new in zip(groups, received, strict=True)]
         layer.groups = groups
-        self._note(numbers)
+        self._note(numbers, valid)
         if self._is_asked():
             self._evict_again()
         self.runtime.stats.add_layer(self.number, held=layer.held_bytes(), whole=self._whole_bytes())
@@ -216,20 +220,39 @@ class KVCall:
         if any(entries is not None for entries in kept):
             layer.compress(layer.heads, [(old if new is None else new).owned() for new, (_, old) in zip(kept, found, strict=True)])
 
-    def _with_mass(self, entries: Entries, own: Tensor) -> Entries:
-        received = entries.received(self.q[:, own], self.scale, softcap=self.softcap, n_causal=self.q.shape[2])
-        assert entries.mass is not None
-        return replace(entries, mass=entries.mass + received)
+    def _seen(self, entries: Entries, mask: Any) -> Entries:
+        """The entries without those that the mask of this pass hides, though an earlier one did not."""
+        # where visual tokens are gone a mask is about those that are left
+        known = mask.valid_keys(self.layer.seen) if isinstance(mask, LazyMask) and not self.layer.is_pruned else None
+        if known is None:
+            return entries
+        places = entries.positions()
+        shown = known.to(places.device)[:, None].expand(*places.shape[:2], -1).gather(2, places)
+        return replace(entries, valid=shown & entries.validity())
+
+    def _given_to(self, entries: Entries, heads: Sequence[int], valid: Tensor | None) -> Tensor:
+        """(B, H, N) fp32: the attention that entries of these KV heads receive. valid: (B, L) bool, which of the new tokens are there."""
+        q = self.q[:, _query_heads(heads, self.q.shape[1] // self.k.shape[1], self.q.device)]
+        if valid is not None:
+            # what is no number gives no attention where entries are masked, and padding among the new ones is
+            q = q.masked_fill(~valid[:, None, :, None], torch.nan)
+        return entries.received(q, self.scale, softcap=self.softcap, n_causal=q.shape[2])
 
     def _refuse(self, module: nn.Module, mask: Any, kwargs: dict[str, Any]) -> None:
         """Raises where attention over what is left would not be what the call asks for."""
         reasons = []
-        if kwargs.get("output_attentions"):
-            reasons.append("attention weights were asked for")
+        # of the new tokens alone, without a mask: what a whole layer's attention would be denied for
+        if (reason := why_dense(module, self.q, self.k, self.v, None, kwargs)) is not None:
+            reasons.append(reason)
         if mask is not None and not isinstance(mask, LazyMask):
             reasons.append("a mask was given explicitly, over entries of which some are gone")
-        elif isinstance(mask, LazyMask) and not mask.is_plain_causal and self.q.shape[2] > 1:
-            reasons.append("several new tokens with a mask that is not plain causal")
+        elif isinstance(mask, LazyMask):
+            n_new, n_before = self.q.shape[2], self.layer.seen - self.q.shape[2]
+            if not mask.is_plain_causal and n_new > 1:
+                reasons.append("several new tokens with a mask that is not plain causal")
+            # where visual tokens are gone the mask counts those that are left
+            if not self.layer.is_pruned and isinstance(mask.q_offset, int) and mask.q_offset != n_before:
+                reasons.append(f"it has seen {n_before} tokens and the first layer {mask.q_offset}: a pass was broken off; begin a new cache")
         if torch.is_grad_enabled() and any(t.requires_grad for t in (self.q, self.k, self.v)):
             reasons.append("gradients are asked for, and what was dropped would have none; call the model under torch.no_grad()")
         if reasons:
@@ -237,18 +260,23 @@ class KVCall:
 
     # --- the method -----------------------------------------------------------------------------------------------------------
 
-    def _note(self, numbers: Tensor) -> None:
-        """Counts the pass, and keeps its newest queries where the method will want to see them. numbers: (B, L) of its tokens."""
+    def _note(self, numbers: Tensor, valid: Tensor | None) -> None:
+        """Counts the pass, and keeps its newest queries where the method will want to see them.
+
+        numbers: (B, L) of its tokens. valid: (B, L) bool, which of them are there; None where all are.
+        """
         layer, length, wanted = self.layer, self.q.shape[2], self.needs.n_queries
         if length > 1 or layer.n_prompt == 0:
             layer.n_prompt, layer.n_steps = layer.n_taken, 0
         else:
             layer.n_steps += 1
-        queries, query_numbers = self.q.detach(), numbers
+        # padding sees no entry, hence has no say
+        queries, query_numbers = self.q.detach(), numbers if valid is None else numbers.masked_fill(~valid, -1)
         if 0 < length < wanted and layer.queries is not None and layer.query_numbers is not None:
-            queries = torch.cat([layer.queries[:, :, length - wanted :], queries], 2)
-            query_numbers = torch.cat([layer.query_numbers[:, length - wanted :], numbers], 1)
-        self.queries = (queries[:, :, -wanted:], query_numbers[:, -wanted:]) if wanted else (queries, query_numbers)
+            queries, query_numbers = torch.cat([layer.queries, queries], 2), torch.cat([layer.query_numbers, query_numbers], 1)
+        if valid is not None and wanted:
+            queries, query_numbers = _padding_first(queries, query_numbers, wanted)
+        self.queries = queries[:, :, -wanted:], query_numbers[:, -wanted:]
         # a pass that brings enough of its own needs none of those before, and the next one brings none of it
         layer.queries, layer.query_numbers = (t.clone() for t in self.queries) if length < wanted else (None, None)
 
@@ -316,6 +344,13 @@ def _over_group(received: Tensor, n_kv_heads: int) -> Tensor:
     """(B, Hq, N) -> (B, Hkv, N): summed over the query heads of each KV head."""
     batch, n_heads, n = received.shape
     return received.view(batch, n_kv_heads, n_heads // n_kv_heads, n).sum(2)
+
+
+def _padding_first(queries: Tensor, numbers: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The newest n of each row that are there, behind as much padding as a row lacks. queries: (B, Hq, L, D); numbers: (B, L), −1 for padding."""
+    order = (numbers >= 0).int().argsort(dim=1, stable=True)[:, -n:]
+    places = order[:, None, :, None].expand(-1, queries.shape[1], -1, queries.shape[3])
+    return queries.gather(2, places), numbers.gather(1, order)
 
 
 def _new_valid(mask: Any, numbers: Tensor, *, has_holes: bool) -> Tensor | None:

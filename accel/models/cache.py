@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 import torch
 from torch import Tensor
@@ -37,7 +38,12 @@ class Schedule:
         """A schedule from side lengths (square maps) or (height, width) pairs."""
         if isinstance(sizes, Schedule):
             return sizes
-        return cls(tuple((size, size) if isinstance(size, int) else (int(size[0]), int(size[1])) for size in sizes))
+        try:
+            pairs = tuple(_pair(size) for size in sizes)
+        # the published code of Infinity writes (frames, height, width), of which the first two must not pass for height and width
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"a schedule is a list of side lengths or (height, width) pairs, whole numbers, got {sizes!r}") from error
+        return cls(pairs)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -66,6 +72,11 @@ class Schedule:
         """(T_K,) int64: the scale each position belongs to."""
         counts = torch.tensor(self.tokens, device=device)
         return torch.repeat_interleave(torch.arange(len(self), device=device), counts)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return index(height), index(width)
 
 
 class ScaleCache:

@@ -335,6 +335,7 @@ def test_default_and_named_sizes_give_the_promised_pictures(tiny_infinity: Calla
         ({"prompt": [torch.zeros(3)]}, "tokens, width"), ({"prompt": [torch.zeros(0, 24)]}, "lengths must lie"),
         ({"size": "2M", "schedule": None}, "no size"), ({"aspect_ratio": 5.0, "schedule": None}, "aspect_ratio"), ({"schedule": []}, "schedule"),
         ({"schedule": [1] * 16}, "knows 15 scales"), ({"temperature": 0.0}, "temperature"), ({"guidance_scale": -1.0}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "finite"), ({"schedule": [(1, 1, 1), (1, 2, 2)]}, "schedule"),
         ({"guidance_scale": 1, "negative_prompt": [torch.zeros(2, 24)]}, "no effect"), ({"negative_prompt": [torch.zeros(2, 24)] * 3}, "3 negative"),
         ({"top_p": -1.0}, "top_p"), ({"seed": []}, "0 seeds for 1"),
     ],

@@ -29,6 +29,12 @@ def test_impossible_schedules_raise(sizes: Any) -> None:
         Schedule(tuple((s, s) if isinstance(s, int) else tuple(s) for s in sizes))
 
 
+@pytest.mark.parametrize("sizes", [[(1, 1, 1), (1, 2, 2)], [(1, 1), (2,)], [1, 2.5], [(1, 1), (2.5, 2)], "0.06M", 5, [None]], ids=str)
+def test_sizes_that_are_no_pairs_of_whole_numbers_raise(sizes: Any) -> None:
+    with pytest.raises(OptionError, match="side lengths or"):
+        Schedule.of(sizes)
+
+
 def run(cache: ScaleCache, *, layers: int = 2, rows: int = 2, heads: int = 3, dim: int = 4, dtype: torch.dtype = torch.float32) -> list[list[Tensor]]:
     """Feeds numbered entries through all scales; per scale the keys that layer 0 would attend to, and at each scale what the cache holds."""
     seen = []

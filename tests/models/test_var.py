@@ -198,7 +198,7 @@ def test_generate_returns_pictures_of_the_right_size(tiny_var: Callable[..., VAR
         ({"labels": [[1], [2]]}, "one-dimensional"), ({"labels": "x"}, "got 'x'"),
         ({"labels": ["1"]}, "list of ints"), ({"labels": None}, "list of ints"), ({"labels": [[1], [2, 3]]}, "list of ints"),
         ({"labels": [2**70]}, "list of ints"), ({"labels": torch.tensor([1j])}, "list of ints"), ({"seed": ["1"]}, "the list holds '1'"),
-        ({"guidance_scale": -1.0}, "guidance_scale"), ({"top_p": 2.0}, "top_p"),
+        ({"guidance_scale": -1.0}, "guidance_scale"), ({"guidance_scale": float("inf")}, "finite"), ({"top_p": 2.0}, "top_p"),
         ({"top_k": -2}, "top_k"), ({"seed": [1, 2]}, "2 seeds for 1"), ({"output": "png"}, "output"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -257,8 +258,8 @@ class Infinity(NextScaleModel):
     ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
         """The bits per scale, each (images, n_k, code_bits), and their map (images, tokenizer_bits, H, W): `generate` before decoding."""
         check_sampling(top_k=top_k, top_p=top_p)
-        if not temperature > 0 or not guidance_scale >= 0:
-            raise OptionError(f"temperature must be above 0 and guidance_scale at least 0, got {temperature!r} and {guidance_scale!r}")
+        if not temperature > 0 or not 0 <= guidance_scale < math.inf:
+            raise OptionError(f"temperature must be above 0, guidance_scale at least 0 and finite, got {temperature!r} and {guidance_scale!r}")
         chosen = Schedule.of(schedule) if schedule is not None else schedule_for(size or self.config.default_size, aspect_ratio)
         self._check_schedule(chosen)
         is_guided = guidance_scale != 1

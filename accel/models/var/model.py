@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -163,8 +164,8 @@ class VAR(NextScaleModel):
         if int(found.min()) < 0 or int(found.max()) >= known:
             null = f", or {self.config.num_classes} for no class" if self.config.has_null_class else ""
             raise OptionError(f"labels must lie in 0…{self.config.num_classes - 1}{null}, got {found.tolist()}")
-        if not guidance_scale >= 0:
-            raise OptionError(f"guidance_scale must be 0 (off) or above, got {guidance_scale!r}")
+        if not 0 <= guidance_scale < math.inf:
+            raise OptionError(f"guidance_scale must be 0 (off) or above, and finite, got {guidance_scale!r}")
         found = found.to(device=device_of(self.class_embed), dtype=torch.int64)
         if guidance_scale == 0:
             return found, False

@@ -243,14 +243,22 @@ class SparseAttention(Method):
 
     def dense_reason(self, step: AttentionStep) -> str | None:
         """Why this call runs dense, or None. Shapes and options only, so that the answer is the same while a graph is traced."""
-        from accel.crossover import crossover_tokens
-
         if step.layer in self.dense_layers:
             return "dense layer"
         if step.phase == "decode":
             return "decode"
-        shortest = max(crossover_tokens(self, step) if self.min_seq_len is None else self.min_seq_len, self.min_useful_len)
+        return self.why_short(step)
+
+    def why_short(self, step: AttentionStep) -> str | None:
+        """Why a call with so few keys runs dense, or None."""
+        shortest = max(self.pays_from(step), self.min_useful_len)
         return f"shorter than {shortest} tokens" if step.kv_len < shortest else None
+
+    def pays_from(self, step: AttentionStep) -> int:
+        """Keys from which the method is to run: `min_seq_len`, or the measured crossover."""
+        from accel.crossover import crossover_tokens
+
+        return crossover_tokens(self, step) if self.min_seq_len is None else self.min_seq_len
 
     @abstractmethod
     def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> BlockPlan | RunDense:
@@ -390,7 +398,7 @@ class TokenPruning(Method):
     """Drops visual tokens behind the encoder or inside the language model.
 
     position_mode: "keep" leaves each surviving token the position it has in the whole prompt; "compact" numbers the survivors of the stages in
-    front of the language model without gaps, as the published FasterVLM and VisPruner code does (visual-token-pruning.md §1.4).
+    front of the language model without gaps, as the published FasterVLM and VisPruner code does.
     """
 
     kind: ClassVar[str] = "token_pruning"

@@ -121,11 +121,9 @@ class FlexPrefill(SparseAttention):
 
     def rule(self, step: AttentionStep) -> SelectionRule:
         """The options as the kernel takes them, for calls shaped like `step`. Short sequences of a batch stay dense as they would alone."""
-        from accel.crossover import crossover_tokens
         from accel.kernels.flex_index import SelectionRule
 
         block_size = self.block_size_for(step.head_dim)
-        shortest = crossover_tokens(self, step) if self.min_seq_len is None else self.min_seq_len
         return SelectionRule(
             block_size=block_size,
             gamma=self.gamma,
@@ -141,7 +139,7 @@ class FlexPrefill(SparseAttention):
             size_corrected_estimate=self.size_corrected_estimate,
             fidelity=self.fidelity,
             min_q=self._min_q(block_size),
-            min_kv=max(shortest, self._min_useful_len(block_size)),
+            min_kv=max(self.pays_from(step), self._min_useful_len(block_size)),
         )
 
     def plan(self, q: Tensor, keys: KeyView, ctx: AttentionContext) -> BlockPlan | RunDense:

@@ -89,16 +89,13 @@ class PowerAttention(SparseAttention):
 
     def dense_reason(self, step: AttentionStep) -> str | None:
         """Why this call runs dense, or None. Few queries behind a cached prefix count as decoding."""
-        from accel.crossover import crossover_tokens
-
         if self.is_full_layer(step.layer):
             return "dense layer"
         is_decode = step.phase == "decode" or has_few_rows(step, self.block_size)
         phase: Phase = "decode" if is_decode else "prefill"
         if self.phases not in ("both", phase):
             return phase if phase == step.phase else "few query rows"
-        shortest = max(crossover_tokens(self, step) if self.min_seq_len is None else self.min_seq_len, self.min_useful_len)
-        return f"shorter than {shortest} tokens" if step.kv_len < shortest else None
+        return self.why_short(step)
 
     def static_pattern(self, step: AttentionStep) -> ImplicitPlan:
         """The mask, the same for every input, head, layer and length."""

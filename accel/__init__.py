@@ -42,4 +42,5 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from accel.registry import method_class, method_names
 
-    return sorted([*globals(), *_HOMES, *_MODULES, *(method_class(name).__name__ for name in method_names())])
+    own = globals().keys() - {"Any", "annotations", "importlib"}
+    return sorted({*own, *_HOMES, *_MODULES, *(method_class(name).__name__ for name in method_names())})

@@ -126,19 +126,23 @@ class Handle:
         finally:
             self._pruning_observers.remove(observer)
 
-    def report(self) -> str:
-        """What was patched, what was skipped and why, what ran, in a few lines."""
+    def __repr__(self) -> str:
         names = ", ".join(_describe(m) for m in self.methods)
         state = "patched" if self.is_active else "patched (undone)"
         n_layers = len(self.patched_layers) + len(self.skipped_layers)
         # pruning methods leave the layers themselves as they are
         where = f"{len(self.patched_layers)} of {n_layers} layers {state}" if n_layers else state
-        lines = [f"{names} on {self.host}: {where}"]
+        return f"{names} on {self.host}: {where}"
+
+    def report(self) -> str:
+        """What was patched, what was skipped and why, what ran, in a few lines."""
+        lines = [repr(self)]
         lines += [f"skipped {_ranges(layers)}: {reason}" for reason, layers in _by_reason(self.skipped_layers).items()]
         lines += self.notices
         lines += [trouble for check in self._checks if (trouble := check()) is not None]
         lines += [*self._token_lines(), *self._cache_lines()]
-        return "\n".join([*lines, *self._call_lines()] if n_layers or self.stats.layers else lines)
+        counts_calls = self.patched_layers and any(m.kind == "sparse_attention" for m in self.methods)
+        return "\n".join([*lines, *self._call_lines()] if counts_calls or self.stats.layers else lines)
 
     def _call_lines(self) -> list[str]:
         """Attention calls: how many sparse, how many dense and why."""

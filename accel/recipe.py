@@ -29,6 +29,8 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
+        if isinstance(self.methods, Method | str):
+            raise OptionError(f"a recipe holds a list of methods; Recipe.of(…) makes one of a single one, got {self.methods!r}")
         object.__setattr__(self, "methods", tuple(self.methods))
         if not self.methods:
             raise OptionError("a recipe needs at least one method")

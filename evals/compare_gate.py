@@ -43,8 +43,8 @@ def gate_rows(sources: Sequence[Source], margins: Mapping[str, float], names: Ma
     one-sided bound of that loss is, so that too few prompts do not pass. Of a perplexity, the loss is its rise as a share of dense's. A prompt
     that the method or dense has not answered fails it, and so does a task of which dense answers nothing, or about pictures that it does not see,
     since nothing can be lost there.
-    Each row: label, task, tokens, n (units), dense (its score), loss, bound (None without confidence, or where there is none), margin, passes, why.
-    dense is None of a perplexity; dense and loss are None where there is no basis for a gate.
+    Each row: label, folder, task, tokens, n (units), dense (its score), loss, bound (None without confidence, or where there is none), margin,
+    passes, why. dense is None of a perplexity; dense and loss are None where there is no basis for a gate.
     Raises OptionError where a task with a margin is in no folder, and where there is nothing to be gated.
     """
     if confidence is not None and not 0.5 < confidence < 1:
@@ -69,11 +69,13 @@ def gate_notices(rows: Sequence[Mapping[str, Any]], confidence: float | None = N
     if confidence is not None:
         return []
     measured = [row for row in rows if row["loss"] is not None]
-    few = {f"{_place(row)} rests on {_prompts(row['n'])}" for row in measured if row["n"] < FEWEST_PROMPTS}
+    more = f"--resume --samples {FEWEST_PROMPTS}"
+    few = {f"{_place(row)} rests on {_prompts(row['n'])}; fewer than {FEWEST_PROMPTS} tell little of others: take more with `accel run --out "
+           f"{row['folder']} {more}`, or say how sure the gate must be with --confidence."
+           for row in measured if row["n"] < FEWEST_PROMPTS}  # fmt: skip
     loose = {f"{_place(row)}: dense scores {row['dense']:.3f}, no more than the margin of {row['margin']:g}"
              for row in measured if row["dense"] is not None and row["dense"] <= row["margin"] + _SLACK}  # fmt: skip
-    advice = f"fewer than {FEWEST_PROMPTS} tell little of others: take more --samples, or say how sure the gate must be with --confidence."
-    return [*(f"gate: {what}; {advice}" for what in sorted(few)), *(f"gate: {what}, so that no loss can fail it." for what in sorted(loose))]
+    return [*(f"gate: {what}" for what in sorted(few)), *(f"gate: {what}, so that no loss can fail it." for what in sorted(loose))]
 
 
 def _of_source(source: Source, margins: Mapping[str, float], names: Mapping[tuple[str, str], str], confidence: float | None) -> list[dict[str, Any]]:
@@ -87,7 +89,7 @@ def _of_source(source: Source, margins: Mapping[str, float], names: Mapping[tupl
             if margin is None:
                 continue
             mine, dense = (_at(source, task, tokens, name) for name in (label, BASELINE))
-            row = {"label": names.get((source.name, label), label), "task": task, "tokens": tokens, "margin": margin}
+            row = {"label": names.get((source.name, label), label), "folder": str(source.path), "task": task, "tokens": tokens, "margin": margin}
             if task in shown:
                 found = _verdict(mine, dense, margin, confidence, is_log_prob=task in graded, wanted=source.config.get("samples"))
             else:

@@ -31,8 +31,10 @@ class HeadBudgets(CacheBudget):
     """Base of the methods that give all heads the same, or with a profile less to contextual heads and more to structural ones.
 
     profile: a file that `accel tune hack` measured on this model.
-    alpha: share of the heads that are contextual; "auto" finds the gap, see `accel.patches._head_profile.classify`.
-    contextual_share: a contextual head keeps this part of the mean; 1 gives all heads the same. "auto": a third or two thirds, see `make_plan`.
+    alpha: share of the heads that are contextual; "auto" takes the widest gap between the heads' measured spreads, or the
+        usual share where no gap stands out.
+    contextual_share: a contextual head keeps this part of the mean; 1 gives all heads the same. "auto": a third where fewer than 65 % of the
+        heads are contextual, else two thirds; less where structural heads could not hold the last scale.
     diffuse_guard: heads that attend to nearly everything alike are not taken for contextual ones.
     allow_other_model: use a profile of other weights of the same sizes.
     """

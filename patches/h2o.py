@@ -16,9 +16,9 @@ from accel.protocols import CacheNeeds, CompressionContext, HeadGroup, Retain
 class H2O(ScoredCache):
     """Keeps the entries that have received the most attention, and the newest ones (NeurIPS 2023, arXiv 2306.14048).
 
-    recent_share: how much of `keep` the newest entries take unasked; 0 leaves all to the ranking, as the ablation of
-    kv-compression.md §7.4 does. n_queries: how many queries of a scale, evenly spread, stand for all of them when its own entries are ranked, since
-    compression comes before attention; None takes all. Attention of earlier scales, and all of a decoder's, is counted whole.
+    recent_share: how much of `keep` the newest entries take unasked; 0 leaves all to the ranking, as an ablation does.
+    n_queries: how many queries of a scale, evenly spread, stand for all of them when its own entries are ranked, since compression comes before
+        attention; None takes all. Attention of earlier scales, and all of a decoder's, is counted whole.
     """
 
     recent_share: float = 0.5

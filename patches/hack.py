@@ -35,7 +35,8 @@ class HACK(ScoredCache):
     n_queries: how many queries of a scale, or of the newest of a decoder, score the entries; the first knob for quality. None takes all.
     n_protected: how many of the first entries structural heads always keep; None for the first two scales, in a decoder 4.
     window: of a decoder, how many of the newest entries all heads keep; small budgets give these at most half.
-    middle_share, recent_policy: what structural heads keep where not even the scale being made fits, see `structural_index`.
+    middle_share, recent_policy: where the budget does not hold the whole scale being made, structural heads give middle_share of what the first
+        entries leave to those between, and of the scale keep an even "grid" filled up by score, or its best by "score".
     merge: contextual heads merge what they drop at the last scale into the most similar entry they keep, "lookm" by the published average,
         "normalised" by one whose weights sum to 1; None drops. renorm_keys: merged keys get unit length. Decoders drop.
     selectors, protect: for ablations: both kinds choose the "contextual" way, the "structural" one, or "swapped"; structural heads protect nothing.

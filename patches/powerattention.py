@@ -23,7 +23,7 @@ class PowerAttention(SparseAttention):
     """Each block of queries reads the first blocks, a window, and the blocks at distances 1, 2, 4, 8, … blocks. Gradients flow.
 
     is_adapted: whether the model was trained with this mask. False keeps 2 layers of 7 dense and decodes densely, and quality still
-        suffers (sparse-attention.md §3.1); True makes every layer sparse, in prefill and decode.
+        suffers; True makes every layer sparse, in prefill and decode.
     full_layers, apply_to: override those two consequences. "2/7", "none" or layer indices; "prefill", "decode" or "both".
     block_size: tokens. sink_blocks: first blocks that are read. window_blocks: own block included. max_power: no distance beyond 2^max_power
         blocks; None for no bound.

@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 
+import accel
 from accel.handle import Handle
 
 
@@ -150,3 +151,21 @@ def test_a_reset_starts_new_counters(handle: Handle) -> None:
     handle.stats.reset()
     assert handle.stats.total.dense_calls == {}
     assert handle.stats.density is None
+
+
+def test_a_handle_shows_what_it_holds() -> None:
+    handle = Handle([accel.FlexPrefill(gamma=0.9)], "transformers")
+    handle.patched_layers = [0, 1]
+    handle.is_active = True
+    assert repr(handle) == handle.report().splitlines()[0] == "flexprefill(gamma=0.9) on transformers: 2 of 2 layers patched"
+    handle.undo()
+    assert repr(handle).endswith("patched (undone)")
+
+
+@pytest.mark.parametrize(
+    ("method", "last"), [(accel.FlexPrefill(), "calls: 0 sparse"), (accel.SnapKV(), "cache: no generation yet")], ids=["attention", "cache"]
+)
+def test_calls_are_told_of_methods_that_make_them_sparse(method: accel.Method, last: str) -> None:
+    handle = Handle([method], "transformers")
+    handle.patched_layers = [0, 1]
+    assert handle.report().splitlines()[-1] == last

@@ -91,3 +91,11 @@ def test_stub_lets_a_type_checker_see_options_and_find_mistakes(tmp_path: Path) 
     assert len(lines) == 4, found.stdout + found.stderr
     for line, expected in zip(lines, ['"float"', '"str"', 'Unexpected keyword argument "gama"', '"aply"'], strict=True):
         assert expected in line, line
+
+
+def test_completion_offers_each_name_once_and_none_of_the_machinery() -> None:
+    code = "import accel; accel.apply, accel.FlexPrefill; names = accel.__dir__(); print(len(names) - len(set(names)), *names)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    assert shown[0] == "0"
+    assert {"apply", "FlexPrefill", "Recipe", "vllm"} <= set(shown)
+    assert {"Any", "annotations", "importlib"}.isdisjoint(shown)

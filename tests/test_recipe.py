@@ -140,3 +140,9 @@ def test_recipe_is_what_apply_resolves() -> None:
 
     assert resolve(Recipe.of("flexprefill"), "dense") == [build("flexprefill"), build("dense")]
     assert accel.Recipe is Recipe
+
+
+@pytest.mark.parametrize("method", ["flexprefill", FlexPrefill()], ids=["name", "object"])
+def test_a_single_method_is_no_list_of_methods(method: Any) -> None:
+    with pytest.raises(OptionError, match="a recipe holds a list of methods"):
+        Recipe(method)

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accel.cli.measuring import (
+    check_model,
     choose_dtype,
     describe_run,
     finish_run,
+    load,
     merge_settings,
     new_folder,
     print_settings,
     progress_bar,
+    require_least,
     settle_threads,
 )
-from accel.cli.options import parse_lengths, read_variants
+from accel.cli.options import add_machine_arguments, add_method_argument, add_settings_arguments, parse_lengths, read_variants, split_items
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -48,12 +50,10 @@ class OperatorShape:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     # no default here: a flag that was not given must not override the settings file
     parser.add_argument("--model", help="an embedded model, a folder, or a hub id (default: smollm2)")
-    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help="repeatable (default: the model's recipe, or flexprefill)")
+    add_method_argument(parser, "repeatable (default: the model's recipe, or flexprefill)")
     parser.add_argument("--recipe", help="a recipe file, measured as one more variant")
     parser.add_argument("--lengths", help="prompt lengths, such as 4k,16k,64k (default: 4k,8k)")
     parser.add_argument("--what", help="parts to run: operator, ttft (with peak memory), decode, cache (of methods that compress it) (default: all)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
-    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
     parser.add_argument("--repeats", type=int, help="timed rounds, each over all variants in turn (default: 5)")
     parser.add_argument("--warmup", type=int, help="rounds before, in which peak memory is measured (default: 1)")
     parser.add_argument("--decode-steps", type=int, help="tokens per decoding pass (default: 16)")
@@ -61,11 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", help="operator: query and key heads (default: 8,2)")
     parser.add_argument("--head-dim", type=int, help="operator: size of a head (default: 128)")
     parser.add_argument("--densities", help="operator: shares of the causal blocks (default: 0.25,0.1,0.05)")
-    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
+    add_machine_arguments(parser)
     parser.add_argument("--seed", type=int, help="of the prompts (default: 0)")
     parser.add_argument("--out", help="folder for the results (default: runs/<date>-bench)")
-    parser.add_argument("--config", help="a YAML file with any of these settings; flags override it")
-    parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
+    add_settings_arguments(parser)
     parser.epilog = (
         "examples:\n  accel bench --model smollm2 --method flexprefill:min_budget=256 --method powerattention --lengths 4k,8k --what ttft\n"
         "  accel bench --model smollm2 --method snapkv:keep=0.3 --lengths 2k,4k --what ttft,decode,cache --decode-steps 64"
@@ -75,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Measures, prints the tables and writes the run folder. 0 when every part was measured for every method and length."""
     settings = merge_settings(args, DEFAULTS)
+    require_least(settings, repeats=1, warmup=0, decode_steps=1, chunk=1, head_dim=1)
     settle_threads(settings["threads"])
     variants, lengths, parts = read_variants(settings), parse_lengths(settings["lengths"]), _parts(settings)
     shape = _operator_shape(settings)
@@ -83,22 +83,25 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_settings(settings)
         return 0
-    folder = new_folder("bench", settings["out"])
+    runs_model = bool(set(parts) & {"ttft", "decode", "cache"})
+    if runs_model:
+        check_model(settings["model"])
     dtype, reason = choose_dtype(settings["dtype"], settings["device"])
     result: dict[str, Any] = {"latency": [], "notices": [], "limits": []}
-    if set(parts) & {"ttft", "decode", "cache"}:
-        loaded = _load(settings, dtype, reason)
-        result |= describe_run("bench", f"{loaded.name}: latency against both dense baselines", loaded, settings, dtype_reason=reason)
-        prompts = _prompts(loaded, lengths, settings["seed"])
-        result["notices"] = check_variants(loaded.model, variants)
-        result["limits"] = ["Prompts are prose with four facts in it: text of another kind has another density, and so another speed."]
-        result |= measure(loaded, variants, prompts, parts, settings)
-    else:
-        result |= describe_run("bench", "The attention operator against both dense baselines", None, settings, dtype_reason=reason)
-    if "operator" in parts:
-        result |= measure_operator(lengths, shape, dtype, settings)
-    print_result(result)
-    finish_run(folder, result)
+    with new_folder("bench", settings["out"]) as folder:
+        if runs_model:
+            loaded = load(settings, dtype, reason)
+            result |= describe_run("bench", f"{loaded.name}: latency against both dense baselines", loaded, settings, dtype_reason=reason)
+            prompts = _prompts(loaded, lengths, settings["seed"])
+            result["notices"] = check_variants(loaded.model, variants)
+            result["limits"] = ["Prompts are prose with four facts in it: text of another kind has another density, and so another speed."]
+            result |= measure(loaded, variants, prompts, parts, settings)
+        else:
+            result |= describe_run("bench", "The attention operator against both dense baselines", None, settings, dtype_reason=reason)
+        if "operator" in parts:
+            result |= measure_operator(lengths, shape, dtype, settings)
+        print_result(result)
+        finish_run(folder, result)
     return 0
 
 
@@ -192,13 +195,6 @@ def print_result(result: Mapping[str, Any]) -> None:
         print(notice)
 
 
-def _load(settings: Mapping[str, Any], dtype: str, reason: str) -> LoadedModel:
-    from accel.evals.models import load_model
-
-    print(f"loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
-    return load_model(settings["model"], dtype=dtype, device=settings["device"])
-
-
 def _operator_shape(settings: Mapping[str, Any]) -> OperatorShape:
     """Raises OptionError for settings that the operator benchmark cannot run."""
     heads, densities = _numbers(settings, "heads"), _numbers(settings, "densities")
@@ -220,10 +216,9 @@ def _numbers(settings: Mapping[str, Any], key: str) -> list[float]:
 
 
 def _parts(settings: Mapping[str, Any]) -> list[str]:
-    given = settings["what"]
-    asked = [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
-    if unknown := [part for part in asked if part not in PARTS]:
-        raise OptionError(f"--what knows {', '.join(PARTS)}; got {', '.join(unknown)}")
+    asked = split_items(settings["what"])
+    if not asked or not set(asked) <= set(PARTS):
+        raise OptionError(f"--what knows {', '.join(PARTS)}; got {', '.join(part for part in asked if part not in PARTS) or 'nothing'}")
     return asked
 
 

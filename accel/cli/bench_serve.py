@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from accel.cli.options import add_method_argument
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.allow_abbrev = False
     parser.add_argument("--model", default="smollm2", help="what vLLM takes, or an embedded model (default: smollm2)")
     usual = "repeatable: one more server each (default: the model's recipe)"
-    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=usual)
+    add_method_argument(parser, usual)
     parser.add_argument("--recipe", help="a recipe file, served as one more variant")
     parser.add_argument("--server", default="", metavar="FLAGS", help="flags of vllm serve for all servers, in one quoted word")
     parser.add_argument("--port", type=int, help="of the servers, which run one after the other (default: a free one)")
@@ -54,13 +55,13 @@ def main(args: argparse.Namespace) -> int:
         raise OptionError(f"--server takes flags as a shell does, got {args.server!r}: {error}") from error
     from accel.patches.hosts.vllm.bench import measure
 
-    folder = new_folder("bench-serve", args.out)
-    rows = measure(args.model, variants, server=server, client=args.more, folder=folder, port=args.port)
-    result = _result(args, variants, rows, server=server)
-    table = serving_table(result["serving"])
-    print_table(table.headers, table.rows, title=result["title"], text_columns=table.text_columns)
-    print("\n".join(result["notices"]))
-    finish_run(folder, result)
+    with new_folder("bench-serve", args.out) as folder:
+        rows = measure(args.model, variants, server=server, client=args.more, folder=folder, port=args.port)
+        result = _result(args, variants, rows, server=server)
+        table = serving_table(result["serving"])
+        print_table(table.headers, table.rows, title=result["title"], text_columns=table.text_columns)
+        print("\n".join(result["notices"]))
+        finish_run(folder, result)
     return 0 if all(row["completed"] == row["asked"] for row in rows) else 1
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from accel.cli.measuring import choose_dtype, describe_run, finish_run, new_folder, progress_bar, settle_threads
-from accel.errors import AccelError
+from accel.cli.measuring import choose_dtype, describe_run, finish_run, load, new_folder, progress_bar, settle_threads
+from accel.errors import AccelError, OptionError
 
 if TYPE_CHECKING:
     from accel.evals.demo import Measured
@@ -35,29 +34,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs the demo, prints one table and writes the reports. A missing part is an error that prints the command to run."""
     start = time.perf_counter()
+    if not args.minutes > 0:
+        raise OptionError(f"--minutes must be more than 0, got {args.minutes:g}")
     _require_parts()
     settle_threads(args.threads)
-    folder = new_folder("demo", args.out)
     dtype, reason = choose_dtype(args.dtype, "cpu")
-    print(f"loading {MODEL} in {dtype} ({reason})", file=sys.stderr)
 
     from accel.evals.demo import n_first_passes, run_demo
-    from accel.evals.models import load_model
 
-    loaded = load_model(MODEL, dtype=dtype)
-    method = _shipped_method(loaded.recipe_path)
-    with progress_bar(n_first_passes(loaded.model)) as progress:
-        done = run_demo(loaded, method, seed=args.seed, deadline=start + 60 * SAFETY * args.minutes, progress=progress)
-    settings = {key: getattr(args, key) for key in ("minutes", "dtype", "threads", "seed")}
-    result = {
-        **describe_run("demo", f"{MODEL}: dense against sparse prefill", loaded, settings, dtype_reason=reason),
-        **measurements(done),
-        "notices": [f"{label}: {notice}" for label, notice in _notices(loaded.model, done).items()],
-        "limits": limits(done),
-        "duration_s": round(time.perf_counter() - start, 1),
-    }
-    print_summary(done)
-    finish_run(folder, result)
+    with new_folder("demo", args.out) as folder:
+        loaded = load({"model": MODEL, "device": "cpu"}, dtype, reason)
+        method = _shipped_method(loaded.recipe_path)
+        with progress_bar(n_first_passes(loaded.model)) as progress:
+            done = run_demo(loaded, method, seed=args.seed, deadline=start + 60 * SAFETY * args.minutes, progress=progress)
+        settings = {key: getattr(args, key) for key in ("minutes", "dtype", "threads", "seed")}
+        result = {
+            **describe_run("demo", f"{MODEL}: dense against sparse prefill", loaded, settings, dtype_reason=reason),
+            **measurements(done),
+            "notices": [f"{label}: {notice}" for label, notice in _notices(loaded.model, done).items()],
+            "limits": limits(done),
+            "duration_s": round(time.perf_counter() - start, 1),
+        }
+        print_summary(done)
+        finish_run(folder, result)
     return 0
 
 

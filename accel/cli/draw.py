@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from accel.cli.measuring import choose_dtype, merge_settings, print_settings, settle_threads
-from accel.cli.options import by_content, content_hash, read_variants, split_items
+from accel.cli.measuring import choose_dtype, merge_settings, print_settings, require_least, settle_threads
+from accel.cli.options import add_machine_arguments, add_method_argument, add_settings_arguments, by_content, content_hash, read_variants, split_items
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # no default here: a flag that was not given must not override the settings file
     parser.add_argument("--model", help="small-var, a folder of save_pretrained, or an official VAR or Infinity file or folder (default: small-var)")
     parser.add_argument("--tokenizer", help="the tokenizer's file, beside official weights")
-    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help="applied to the model; repeatable (default: dense)")
+    add_method_argument(parser, "applied to the model; repeatable (default: dense)")
     parser.add_argument("--recipe", help="a recipe file, applied to the model")
     parser.add_argument("--labels", help="classes to draw, such as 0-999 or 3,7,10-12")
     parser.add_argument("--per-class", type=int, help=f"pictures of each class (default: {PER_CLASS})")
@@ -59,11 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tau", type=float, help="temperature; Infinity only")
     parser.add_argument("--size", help="0.06M, 0.25M, 0.60M or 1M pixels; Infinity only")
     parser.add_argument("--aspect-ratio", type=float, help="height / width; Infinity only")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
-    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
-    parser.add_argument("--config", help="a YAML file with any of these settings; flags override it")
-    parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
+    add_machine_arguments(parser)
+    add_settings_arguments(parser)
     parser.epilog = (
         "examples:\n  accel draw --model var_d30.pth --tokenizer vae_ch160v4096z32.pth --labels 0-999 --method h2o:keep=0.5 --layout adm"
         " --device cuda --dtype float16 --batch 64 --out var-h2o\n"
@@ -81,8 +78,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if not settings["out"]:
         raise OptionError("name the folder of the pictures with --out: the same command goes on there when it was stopped")
-    if settings["batch"] < 1:
-        raise OptionError(f"--batch must be at least 1, got {settings['batch']}")
+    require_least(settings, batch=1, per_class=1, per_prompt=1)
     settle_threads(settings["threads"])
     from accel.evals.artists import check_fit, find_model
     from accel.evals.export_folder import ExportFolder
@@ -133,8 +129,6 @@ def _copies(settings: Mapping[str, Any], layout: Any) -> int:
     if settings[other] is not None:
         raise OptionError(f"--{other.replace('_', '-')} goes with {'labels' if other == 'per_class' else 'prompts'}; use --{mine.replace('_', '-')}")
     copies: int = settings[mine] if settings[mine] is not None else layout.copies if settings["labels"] is None else PER_CLASS
-    if copies < 1:
-        raise OptionError(f"--{mine.replace('_', '-')} must be at least 1, got {copies}")
     if layout.most_copies is not None and copies > layout.most_copies:
         raise OptionError(f"{layout.name} has one place per prompt, asked for {copies} pictures; another --seed and --out give further ones")
     return copies

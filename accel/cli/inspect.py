@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel.cli.measuring import choose_dtype, describe_run, finish_run, free_folder, settle_threads
-from accel.cli.options import parse_length, parse_method
+from accel.cli.measuring import choose_dtype, describe_run, finish_run, new_folder, require_least, settle_threads
+from accel.cli.options import add_machine_arguments, add_method_argument, parse_length, parse_method
 from accel.errors import AccelError, OptionError, UnsupportedError
 from accel.protocols import KVCompression, TokenPruning
 
@@ -26,16 +26,15 @@ QUESTION = "What is in this picture?"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="M", help="an embedded model (smollm2), a folder, or a hub id")
     shown = "show what its heads read in a prompt, what it keeps of --image, or of the cache of a model that draws; repeatable"
-    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=shown)
+    add_method_argument(parser, shown)
     parser.add_argument("--image", type=Path, help="a picture: draw over it what each --method keeps (default: every token-pruning method)")
     parser.add_argument("--question", default=QUESTION, help=f"asked about the picture (default: {QUESTION})")
     parser.add_argument("--attention", action="store_true", help="with --image: plot what text and picture read in every layer")
     parser.add_argument("--tokens", default="4k", help="length of the prompt (default: 4k)")
     parser.add_argument("--prompt", type=Path, help="a text file as the prompt, cut to --tokens (default: prose of Python's help)")
     parser.add_argument("--heads", type=int, default=3, help="block maps per method, from the sparsest head to the densest (default: 3)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: what this machine is fast in")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
+    add_machine_arguments(parser)
+    parser.set_defaults(dtype="auto", device="cpu")
     parser.add_argument("--out", help="folder for the report (default: runs/<date>-inspect)")
     parser.epilog = (
         "examples:\n  accel inspect smollm2 --method flexprefill:gamma=0.9,min_seq_len=0 --tokens 2k\n"
@@ -48,25 +47,38 @@ def main(args: argparse.Namespace) -> int:
     """Prints the model and its layers, and what the methods do in it; writes a report. 0 unless a method named by --method cannot be applied."""
     settle_threads(args.threads)
     from accel.evals.models import load_model
-    from accel.patching import host_for
 
     methods = [parse_method(text) for text in args.method or []]
     n_tokens = parse_length(args.tokens)
     _check_kinds(methods, args.image)
+    require_least(vars(args), heads=1)
+    if args.prompt is not None and not args.prompt.is_file():
+        raise OptionError(f"there is no text file {args.prompt}")
     if args.attention and args.image is None:
         raise OptionError("--attention shows what text and a picture read: name one with --image")
-    folder = free_folder("inspect", args.out)
     dtype, reason = choose_dtype(args.dtype, args.device)
-    loaded = load_model(args.model, dtype=dtype, device=args.device)
+    with new_folder("inspect", args.out) as folder:
+        loaded = load_model(args.model, dtype=dtype, device=args.device)
+        result = _found(args, loaded, methods, n_tokens, folder, dtype_reason=reason)
+        print_result(result)
+        finish_run(folder, result)
+    return 0
+
+
+def _found(args: argparse.Namespace, loaded: LoadedModel, methods: Sequence[Method], n_tokens: int, folder: Path, *, dtype_reason: str
+           ) -> dict[str, Any]:  # fmt: skip
+    """The result: facts, layers, and what the methods read or keep, whose pictures are written to the folder."""
+    from accel.patching import host_for
+
     info = host_for(loaded.model).describe(loaded.model)
     is_drawing = info.scale_shapes is not None
-    if is_drawing:
-        _check_drawing(loaded, methods, args.prompt)
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_drawing and args.prompt is not None:
+        raise OptionError(f"{loaded.name} draws pictures and reads no prompt: leave --prompt out")
+    _check_methods(loaded, methods)
     layers = [row for method in methods or registered() for row in layer_rows(loaded.model, method, info)]
-    settings = {key: value if not isinstance(value, Path) else str(value) for key, value in vars(args).items() if key not in ("run", "command")}
+    settings = {key: value if not isinstance(value, Path) else str(value) for key, value in vars(args).items() if key not in ("more", "command")}
     result = {
-        **describe_run("inspect", f"{loaded.name}: what can be patched, and what is read", loaded, settings, dtype_reason=reason),
+        **describe_run("inspect", f"{loaded.name}: what can be patched, and what is read", loaded, settings, dtype_reason=dtype_reason),
         "facts": facts(loaded, info),
         "layers": layers,
         "block_maps": [],
@@ -88,9 +100,7 @@ def main(args: argparse.Namespace) -> int:
         prompt = prompt_ids(loaded, n_tokens, args.prompt)
         for method in methods:
             map_heads(loaded, method, prompt, args.heads, result)
-    print_result(result)
-    finish_run(folder, result)
-    return 0
+    return result
 
 
 def _check_kinds(methods: Sequence[Method], image: Path | None) -> None:
@@ -104,13 +114,11 @@ def _check_kinds(methods: Sequence[Method], image: Path | None) -> None:
         raise OptionError(f"there is no picture {image}")
 
 
-def _check_drawing(loaded: LoadedModel, methods: Sequence[Method], prompt: Path | None) -> None:
-    """Raises OptionError for a prompt to a model that draws, and UnsupportedError for a method that it cannot run."""
+def _check_methods(loaded: LoadedModel, methods: Sequence[Method]) -> None:
+    """Raises UnsupportedError for a method that the model cannot run, before anything is written."""
     import accel
     from accel.evals.latency import quiet_notices
 
-    if prompt is not None:
-        raise OptionError(f"{loaded.name} draws pictures and reads no prompt: leave --prompt out")
     for method in methods:
         with quiet_notices(), accel.apply(loaded.model, method):
             pass

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import importlib
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from accel import __version__
 from accel.errors import AccelError
@@ -23,18 +26,18 @@ from accel.settings import is_debugging
 
 EXIT_FAILED = 2
 EXIT_INTERRUPTED = 130
+# of a program that SIGPIPE ended
+EXIT_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit code: 0 only when everything asked for was done."""
-    words = _joined(list(sys.argv[1:] if argv is None else argv))
     try:
-        parser = _parser(words)
-        args, more = parser.parse_known_args(words)
-        if more and not args.takes_more:
-            parser.error(f"unrecognized arguments: {' '.join(more)}")
-        code: int = args.run(argparse.Namespace(**vars(args), more=more))
-        sys.stdout.flush()
+        try:
+            return _run(_joined(list(sys.argv[1:] if argv is None else argv)))
+        finally:
+            # here, also for --help, which ends by SystemExit: while Python closes stdout, a reader that went away is an error that nobody catches
+            sys.stdout.flush()
     except AccelError as error:
         return _failed(error, str(error))
     except ModuleNotFoundError as error:
@@ -47,10 +50,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # the reader went away (`accel ls | head`); without this Python complains once more while it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return EXIT_PIPE
     except OSError as error:        # a full disk, a file that cannot be written
         return _failed(error, str(error))
+
+
+def _run(words: Sequence[str]) -> int:
+    """The exit code of the sub-command in these words; all commands on stderr where there is none."""
+    parser, command, module = _parser(words)
+    if not words:
+        parser.print_help(sys.stderr)
+        return EXIT_FAILED
+    args, more = parser.parse_known_args(words)
+    if more and not getattr(module, "TAKES_MORE", False):
+        command.error(f"unrecognized arguments: {' '.join(more)}{_meant(command, more)}")
+    args.more = more
+    code: int = module.main(args)
     return code
+
+
+def _meant(command: argparse.ArgumentParser, more: Sequence[str]) -> str:
+    """A question after the flags that mistyped ones resemble; empty where none does."""
+    known = re.findall(r"--[\w-]+", command.format_usage())
+    close = [difflib.get_close_matches(word.partition("=")[0], known, n=1) for word in more if word.startswith("-")]
+    names = " ".join(dict.fromkeys(name for found in close for name in found))
+    return f"; did you mean {names}?" if names else ""
 
 
 def commands(folder: Path | None = None) -> dict[str, str]:
@@ -78,8 +102,11 @@ def _help_line(tree: ast.Module) -> str:
     return (ast.get_docstring(tree) or "").split("\n", 1)[0]
 
 
-def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """The command line; options are added to the chosen sub-command only."""
+def _parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, Any]:
+    """The command line, that of the chosen sub-command, and its module: the whole one and None where none is chosen.
+
+    Options are added to the chosen sub-command only.
+    """
     parser = argparse.ArgumentParser(
         prog="accel",
         description="Sparse attention and visual-token pruning for Hugging Face models: one call, reversible, dense where sparse would be slower.",
@@ -88,15 +115,15 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"accel {__version__}")
     choices = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    chosen_parser, module = parser, None
     chosen = next((word for word in words if not word.startswith("-")), None)
     for name, line in commands().items():
         as_help = line.replace("%", "%%")
         command = choices.add_parser(name, help=as_help, description=line, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name == chosen:
-            module = importlib.import_module(f"accel.cli.{name.replace(' ', '_')}")
+            chosen_parser, module = command, importlib.import_module(f"accel.cli.{name.replace(' ', '_')}")
             module.add_arguments(command)
-            command.set_defaults(run=module.main, takes_more=getattr(module, "TAKES_MORE", False))
-    return parser
+    return parser, chosen_parser, module
 
 
 def _failed(error: Exception, message: str) -> int:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from accel.errors import AccelError, OptionError
 if TYPE_CHECKING:
     from accel.evals.models import LoadedModel
 
+# settings that are text, whatever YAML makes of a word
+TEXTS = ("model", "recipe", "dtype", "device", "out", "objective", "data", "tokenizer", "prompts", "text_encoder", "features", "layout")
 # OpenMP threads that wait by spinning lose a whole scheduler slice per operation where another process holds a core; passive waiting
 # was 5–15 % faster on an idle machine too (kernels.md §2.1)
 OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
@@ -26,8 +28,8 @@ OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
 def merge_settings(args: argparse.Namespace, defaults: Mapping[str, Any], whole: Collection[str] = ()) -> dict[str, Any]:
     """Defaults, overridden by the file `args.config`, overridden by the flags that were given (those that are not None).
 
-    Raises OptionError where the file sets what is no setting, and where it sets anything but a whole number for one of `whole` (or null, where that
-    is its default) or for a setting whose default is one.
+    Raises OptionError where the file sets what is no setting, anything but a whole number (or null, where that is its default) for one of `whole` or
+    for a setting whose default is one, and anything but text for one of `TEXTS`.
     """
     settings = dict(defaults)
     if args.config:
@@ -39,6 +41,8 @@ def merge_settings(args: argparse.Namespace, defaults: Mapping[str, Any], whole:
             is_optional = defaults[key] is None and value is None
             if (key in whole or type(defaults[key]) is int) and type(value) is not int and not is_optional:
                 raise OptionError(f"{args.config}: {key} must be a whole number, got {value!r}")
+            if key in TEXTS and not isinstance(value, str) and not is_optional:
+                raise OptionError(f"{args.config}: {key} must be text, got {value!r}")
             settings[key] = value
     flags = {key: getattr(args, key) for key in defaults}
     return {**settings, **{key: value for key, value in flags.items() if value is not None}}
@@ -49,6 +53,32 @@ def print_settings(settings: Mapping[str, Any]) -> None:
     import yaml
 
     print(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), end="")
+
+
+def require_least(settings: Mapping[str, Any], **least: int) -> None:
+    """Raises OptionError for a setting that is smaller than the number given under its name."""
+    for name, smallest in least.items():
+        if settings[name] is not None and settings[name] < smallest:
+            raise OptionError(f"--{name.replace('_', '-')} must be at least {smallest}, got {settings[name]}")
+
+
+def check_model(name: str) -> None:
+    """Raises OptionError for what can only be a mistyped embedded model, before anything is said or made."""
+    from accel.evals.models import did_you_mean, embedded_names
+
+    # a hub id has an owner
+    if "/" not in name and name not in embedded_names() and not Path(name).exists() and (meant := did_you_mean(name)):
+        raise OptionError(
+            f"there is no model {name!r}{meant} Embedded models: {', '.join(embedded_names())}; else name a local folder, or a hub id with its owner"
+        )
+
+
+def load(settings: Mapping[str, Any], dtype: str, reason: str) -> LoadedModel:
+    """The model of the settings; what is loaded, and why in this data type, is told on stderr."""
+    from accel.evals.models import load_model
+
+    print(f"loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
+    return load_model(settings["model"], dtype=dtype, device=settings["device"])
 
 
 def settle_threads(n_threads: int | None) -> None:
@@ -98,11 +128,19 @@ def choose_dtype(asked: str, device: str) -> tuple[str, str]:
     return "float32", "this processor multiplies bfloat16 more slowly than float32"
 
 
-def new_folder(command: str, out: str | None) -> Path:
-    """A fresh folder for one run, as `free_folder` names it, made."""
+@contextmanager
+def new_folder(command: str, out: str | None) -> Iterator[Path]:
+    """A fresh folder for one run, as `free_folder` names it, made; removed again where nothing was written to it."""
     folder = free_folder(command, out)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    try:
+        yield folder
+    finally:
+        # a folder that holds something is not removed
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def free_folder(command: str, out: str | None, *, may_hold: Collection[str] = ()) -> Path:

@@ -1,7 +1,8 @@
-"""What several commands read from their flags: methods with options, and lengths."""
+"""The flags that several commands share, and what they read from them: methods with options, and lengths."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,24 @@ if TYPE_CHECKING:
     from accel.protocols import Method
 
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def add_method_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds --method, which may be repeated; `what` is its help."""
+    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=what)
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype, --device and --threads, without defaults: a flag that was not given must not override a settings file."""
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
+    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
+
+
+def add_settings_arguments(parser: argparse.ArgumentParser, also: str = "") -> None:
+    """Adds --config and --dry-run, for `merge_settings` and `print_settings`. also: what else the file may be."""
+    parser.add_argument("--config", help=f"a YAML file with any of these settings{also}; flags override it")
+    parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
 
 
 def parse_method(text: str) -> Method:
@@ -71,8 +90,9 @@ def split_items(given: Any) -> list[str]:
 
 
 def parse_lengths(given: Any) -> list[int]:
-    """Lengths in tokens, ascending, each once: `"2k,4k"`, `[2048, "4k"]` or `4096`."""
-    return sorted({parse_length(item) for item in split_items(given)})
+    """Lengths in tokens, ascending, each once: `"2k,4k"`, `[2048, "4k"]` or `4096`. Raises OptionError for none."""
+    # nothing is no length either
+    return sorted({parse_length(item) for item in split_items(given) or [""]})
 
 
 def by_content(methods: Sequence[Method]) -> list[dict[str, Any]]:

@@ -12,8 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel.cli.measuring import choose_dtype, describe_run, free_folder, merge_settings, print_settings, settle_threads
-from accel.cli.options import by_content, parse_keeps, parse_lengths, read_variants, split_items
+from accel.cli.measuring import (
+    check_model,
+    choose_dtype,
+    describe_run,
+    free_folder,
+    merge_settings,
+    print_settings,
+    require_least,
+    settle_threads,
+)
+from accel.cli.options import (
+    add_machine_arguments,
+    add_method_argument,
+    add_settings_arguments,
+    by_content,
+    parse_keeps,
+    parse_lengths,
+    read_variants,
+    split_items,
+)
 from accel.errors import AccelError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -49,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     usual = f"{MODELS['text']}, {MODELS['picture']} for questions about pictures, {MODELS['class']} for pictures to be drawn"
     parser.add_argument("--model", help=f"an embedded model, a folder, or a hub id (default: {usual})")
     default = f"the model's recipe, or flexprefill, or {PRUNING} on pictures; none where pictures are drawn"
-    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help=f"repeatable (default: {default})")
+    add_method_argument(parser, f"repeatable (default: {default})")
     parser.add_argument("--recipe", help="a recipe file, measured as one more variant")
     names = ", ".join(_task_files())
     groups = "task names, ruler, infinitebench, scenes (questions about pictures), all (all text tasks), or data:FILE (prompts of your own)"
@@ -64,9 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared = "prefill each text prompt once for all that drop cache entries, where they need no more than its last queries"
     parser.add_argument("--shared-prefill", action="store_const", const=True, help=shared)
     parser.add_argument("--seed", type=int, help="of the prompts (default: 0)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
-    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
+    add_machine_arguments(parser)
     parser.add_argument("--out", help="folder for the results (default: runs/<date>-run)")
     more = "finished samples stay, and --samples may ask for more of them, but not for fewer"
     parser.add_argument("--resume", action="store_const", const=True, help=f"go on with the run in --out by its own settings; {more}")
@@ -75,9 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, metavar="N", help=together)
     warm = "untimed passes before the first sample of each label and length, with a reply and without; they tell peak memory on a CPU (default: 1)"
     parser.add_argument("--warmup", type=int, help=warm)
-    again = "or the config.yaml of a run, which is then run again in --out, sample for sample"
-    parser.add_argument("--config", help=f"a YAML file with any of these settings, {again}; flags override it")
-    parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
+    add_settings_arguments(parser, ", or the config.yaml of a run, which is then run again in --out, sample for sample")
     parser.epilog = (
         "several GPUs, or with --device cpu several processes on CPUs, share out the prompts of one run:\n"
         "  accelerate launch --multi_gpu --num_processes 4 -m accel run --device cuda --tasks ruler --out runs/a\n"
@@ -99,13 +113,13 @@ def main(args: argparse.Namespace) -> int:
     if settings["resume"] and not earlier:
         raise OptionError(f"there is no run in {settings['out']} to go on with; without --resume a new one begins there")
     settings = merge_settings(args, {**DEFAULTS, **{key: earlier[key] for key in KEPT if key in earlier}}, WHOLE)
-    for name, least in (("limit", 1), ("samples", 1), ("batch_size", 1), ("warmup", 0)):
-        if settings[name] is not None and settings[name] < least:
-            raise OptionError(f"--{name.replace('_', '-')} must be at least {least}, got {settings[name]}")
+    require_least(settings, limit=1, samples=1, batch_size=1, warmup=0)
     settle_threads(settings["threads"])
     from accel.evals.tasks import expand_names, load_task
 
     tasks, lengths = expand_names(split_items(settings["tasks"])), parse_lengths(settings["lengths"])
+    if not tasks:
+        raise OptionError(f"--tasks names no task; name one or more, such as {DEFAULTS['tasks']}")
     kinds = {load_task(task).kind for task in tasks}
     is_about_pictures, is_drawing = kinds == {"picture"}, kinds == {"class"}
     if settings["model"] is None:
@@ -113,6 +127,7 @@ def main(args: argparse.Namespace) -> int:
         settings["model"] = MODELS[kinds.pop() if len(kinds) == 1 else "text"]
         if settings["model"] != MODELS["text"] and _is_first():
             print(f"no --model was given: taking {settings['model']}, which can run {', '.join(tasks)}", file=sys.stderr)
+    check_model(settings["model"])
     if settings["samples"] is None:
         settings["samples"] = PICTURES if is_about_pictures or is_drawing else _usual_samples(tasks)
     variants = _variants(settings, earlier, usual=PRUNING if is_about_pictures else None, is_drawing=is_drawing)
@@ -235,6 +250,8 @@ def _run(
         tell(f"accel: {trap}")
     device = team.device(settings["device"])
     dtype, reason = choose_dtype(settings["dtype"], device)
+    if dtype == earlier.get("dtype"):
+        reason = "as the run's config.yaml says"
     config = _config(variants, tasks, lengths, controls, settings, dtype=dtype)
     changes = _changes(earlier, config, settings)
     # what is wrong without the model is told before it is loaded, and what is wrong with it before a folder is made

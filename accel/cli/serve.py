@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from accel.cli.options import add_method_argument
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "accel serve MODEL [--method NAME[:OPTION=VALUE,…] | --recipe FILE] [--dry-run] [any flag of vllm serve]"
     # the beginning of a flag of vLLM's may be one of ours
     parser.allow_abbrev = False
-    parser.add_argument("--method", action="append", metavar="NAME[:OPTION=VALUE,…]", help="repeatable: several methods stand together")
+    add_method_argument(parser, "repeatable: several methods stand together")
     parser.add_argument("--recipe", help="a recipe file, instead of --method")
     dry = "check everything that can be checked without weights, print what accel adds to vLLM's options"
     parser.add_argument("--dry-run", action="store_true", help=dry)

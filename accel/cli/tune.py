@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -10,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accel.cli.measuring import choose_dtype, merge_settings, print_settings, settle_threads
+from accel.cli.measuring import check_model, choose_dtype, load, merge_settings, print_settings, require_least, settle_threads
+from accel.cli.options import add_machine_arguments, add_settings_arguments
 from accel.errors import OptionError
 from accel.tune import ACCURACY_AT_LATENCY
 
@@ -59,13 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--search", action="append", metavar="OPTION=LOW..HIGH", help=searched)
     parser.add_argument("--data", help=data)
     parser.add_argument("--trials", type=int, help=f"search: trials in all; the same call again goes on after a stop (default: {TRIALS})")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="default: whichever this machine is fast in")
-    parser.add_argument("--device", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--threads", type=int, help="processor threads (default: torch's own choice)")
+    add_machine_arguments(parser)
     parser.add_argument("--seed", type=int, help="of the prompt, the search or the training (default: 0)")
     parser.add_argument("--out", help="crossover: the recipe file; otherwise: the run folder (default: runs/tune-WHAT)")
-    parser.add_argument("--config", help="a YAML file with any of these settings; flags override it")
-    parser.add_argument("--dry-run", action="store_true", help="print the merged settings and stop")
+    add_settings_arguments(parser)
     parser.epilog = (
         "examples:\n  accel tune crossover --model smollm2 --method flexprefill:min_budget=256 --lengths 1k,2k,4k,8k --out recipe.yaml\n"
         "  accel tune vflowopt:keep=0.25 --model small-vlm --data scenes --trials 60\n  accel tune dyvte --model small-vlm --data scenes\n"
@@ -88,6 +87,8 @@ def main(args: argparse.Namespace) -> int:
         raise OptionError(f"{' and '.join(given)} say nothing of {ACCURACY_AT_LATENCY}: it runs METHOD on --tasks, each prompt once")
     if what is None and not args.dry_run:
         return _list_all()
+    require_least(settings, repeats=1, samples=1, trials=1)
+    check_model(settings["model"])
     settle_threads(settings["threads"])
     if what is None or what == CROSSOVER:
         if args.dry_run:
@@ -96,6 +97,8 @@ def main(args: argparse.Namespace) -> int:
         return _crossover(settings)
     from accel.cli.options import parse_method
 
+    if difflib.get_close_matches(what, [CROSSOVER]):
+        raise OptionError(f"there is nothing to tune that is called {what!r}; did you mean {CROSSOVER!r}?")
     method = parse_method(what)
     if is_trade_off:
         if args.dry_run:
@@ -234,6 +237,8 @@ def _trade_off(method: Method, given: Mapping[str, Any], settings: Mapping[str, 
     added = parse_search(split_items(settings["search"]) if settings["search"] else [])
     search_space(name, given, added)
     check_margin(settings["margin"])
+    if not tasks:
+        raise OptionError("--tasks names no task; name one or more, such as needle,fewshot")
     require_answers(tasks)
     folder = Path(settings["out"] or f"runs/tune-{name}")
     loaded = _load(settings)
@@ -290,11 +295,7 @@ def _calibrate(method: Method, calibration: Calibration, given: Mapping[str, Any
 
 
 def _load(settings: Mapping[str, Any]) -> LoadedModel:
-    from accel.evals.models import load_model
-
-    dtype, reason = choose_dtype(settings["dtype"], settings["device"])
-    print(f"loading {settings['model']} in {dtype} ({reason})", file=sys.stderr)
-    return load_model(settings["model"], dtype=dtype, device=settings["device"])
+    return load(settings, *choose_dtype(settings["dtype"], settings["device"]))
 
 
 def _prompt(loaded: LoadedModel, n_tokens: int, seed: int) -> Any:

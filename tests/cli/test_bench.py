@@ -100,18 +100,27 @@ def test_the_printed_settings_are_a_settings_file(tmp_path: Path, capsys: pytest
         (("--what", "speed"), "--what knows operator, ttft, decode"),
         (("--lengths", "4k"), "2048 positions"),
         (("--repeats", "0", "--lengths", "1k"), "repeats must be at least 1"),
+        (("--decode-steps", "0"), "--decode-steps must be at least 1"),
+        (("--head-dim", "0"), "--head-dim must be at least 1"),
+        (("--model", "smolm2"), "did you mean 'smollm2'"),
+        (("--lengths", ""), "a length is a positive number of tokens"),
+        (("--what", ""), "got nothing"),
         (("--threads", "0"), "threads must be at least 1"),
         (("--heads", "8,3"), "a multiple of the second"),
         (("--densities", "0.5,2"), "shares in"),
         (("--device", "cuda", "--what", "operator"), "operator part runs on the cpu"),
     ],
-    ids=["method", "option", "part", "too-long", "repeats", "threads", "heads", "densities", "operator-on-cuda"],
+    ids=[
+        "method", "option", "part", "too-long", "repeats", "decode-steps", "head-dim", "model", "no-length", "no-part", "threads", "heads",
+        "densities", "operator-on-cuda",
+    ],
 )
 def test_a_wrong_argument_explains_itself(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
 ) -> None:
     assert bench("--model", model, "--what", "ttft", "--out", str(tmp_path / "run"), *words) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_operator_part_needs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

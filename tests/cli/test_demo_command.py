@@ -83,6 +83,12 @@ def test_without_the_model_package_the_command_to_run_is_printed(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan"])
+def test_no_time_is_no_demo(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--minutes", minutes]) == 2
+    assert capsys.readouterr().err == f"accel: --minutes must be more than 0, got {minutes}\n"
+
+
 def test_a_length_is_timed_once_even_when_two_tasks_share_it() -> None:
     from accel.cli.demo import _by_length
     from accel.evals.demo import Measured

@@ -233,12 +233,17 @@ def test_layers_of_a_method_that_drops_tokens_are_those_that_run_without_them() 
         (["small-vlm", "--method", "fastervlm"], "show it one with --image"),
         (["small-vlm", "--method", "streaming", "--image", "{photo}"], "leave --image out"),
         (["small-vlm", "--image", "nowhere.png"], "there is no picture nowhere.png"),
+        (["smollm2", "--prompt", "nowhere.txt"], "there is no text file nowhere.txt"),
+        (["smollm2", "--heads", "0"], "--heads must be at least 1"),
         (["small-vlm", "--attention"], "name one with --image"),
         (["small-vlm", "--image", "{text}"], "cannot read the picture"),
         (["{model}", "--image", "{photo}"], "it is a text model"),
         (["small-vlm", "--image", "{photo}", "--method", "fastv:layer=8"], "must be below the 8 layers"),
     ],
-    ids=["pruning_without_picture", "sparse_with_picture", "no_file", "attention_without_picture", "no_picture", "text_model", "does_not_run"],
+    ids=[
+        "pruning_without_picture", "sparse_with_picture", "no_file", "no_text", "no_heads", "attention_without_picture", "no_picture", "text_model",
+        "does_not_run",
+    ],
 )
 def test_a_wrong_picture_or_method_explains_itself(
     model: str, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
@@ -247,3 +252,4 @@ def test_a_wrong_picture_or_method_explains_itself(
     filled = [word.format(photo=photo, model=model, text=tmp_path / "text.txt") for word in words]
     assert main(["inspect", *filled, "--out", str(tmp_path / "run")]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

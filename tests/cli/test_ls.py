@@ -80,6 +80,11 @@ def test_a_method_tells_each_of_its_options_and_the_default(name: str, capsys: p
     assert " ".join(defaults) == ", ".join(f"{field.name}={field.default!r}" for field in dataclasses.fields(build(name)) if field.init)
 
 
+@pytest.mark.parametrize("name", method_names())
+def test_a_card_speaks_of_nothing_that_users_cannot_see(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not re.search(r"\.md §|`_|accel\.patches\._|`make_plan`|`structural_index`", show(capsys, name))
+
+
 def test_an_option_is_told_by_the_class_that_is_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     told = [line.strip() for line in show(capsys, "hack").splitlines()]
     [keep] = [line for line in told if line.startswith("keep: ")]

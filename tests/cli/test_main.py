@@ -100,6 +100,28 @@ def test_wrong_words_are_explained_with_exit_code_2(words: list[str], message: s
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "ending"),
+    [
+        (["run", "--smaples", "3"], "accel run: error: unrecognized arguments: --smaples 3; did you mean --samples?"),
+        (["bench", "--lenghts=4k", "--waht", "ttft"], "unrecognized arguments: --lenghts=4k --waht ttft; did you mean --lengths --what?"),
+        (["env", "smollm2"], "accel env: error: unrecognized arguments: smollm2"),
+    ],
+    ids=["flag", "two", "word"],
+)
+def test_a_mistyped_flag_gets_the_usage_of_its_command_and_the_nearest_one(words: list[str], ending: str) -> None:
+    found = run(*words)
+    assert found.returncode == 2
+    assert found.stderr.startswith(f"usage: accel {words[0]} [-h]")
+    assert found.stderr.endswith(f"{ending}\n")
+
+
+def test_no_words_show_all_commands_and_where_to_begin() -> None:
+    found = run()
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.endswith("Start with: accel demo\n")
+
+
 def test_user_s_mistake_is_one_line_without_a_traceback() -> None:
     found = run("tune", "flexprefil")
     assert found.returncode == 2
@@ -154,12 +176,15 @@ def test_bug_of_ours_is_never_hidden(error: str, tmp_path: Path, monkeypatch: py
         cli.main(["toy"])
 
 
-def test_reader_that_goes_away_is_no_traceback() -> None:
-    pipe = subprocess.Popen([sys.executable, "-m", "accel", "ls"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("words", [["ls", "--notes"], ["run", "--help"], ["--version"]], ids=" ".join)
+def test_reader_that_goes_away_ends_the_command_quietly(words: list[str]) -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "accel", *words]
+    pipe = subprocess.Popen(command, cwd=ROOT, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert pipe.stdout is not None
     assert pipe.stderr is not None
     pipe.stdout.close()
     assert pipe.stderr.read() == ""
-    assert pipe.wait(timeout=120) == 1
+    assert pipe.wait(timeout=120) == 141, "as a program that SIGPIPE ended"
 
 

@@ -37,33 +37,52 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "text, message",
-    [("repeat: 7", "did you mean 'repeats'"), ("- 4k", "must hold settings"), ("a: [", "cannot read the settings")],
-    ids=["unknown", "list", "broken"],
+    [
+        ("repeat: 7", "did you mean 'repeats'"),
+        ("- 4k", "must hold settings"),
+        ("a: [", "cannot read the settings"),
+        ("model: 3", "model must be text, got 3"),
+        ("out: [runs]", "out must be text"),
+    ],
+    ids=["unknown", "list", "broken", "number", "texts"],
 )
 def test_a_wrong_settings_file_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(text)
     with pytest.raises(OptionError, match=message):
-        merge_settings(arguments(config=str(file)), {"lengths": "4k", "repeats": 5})
+        merge_settings(arguments(config=str(file)), {"lengths": "4k", "repeats": 5, "model": "smollm2", "out": None})
 
 
 def test_a_folder_with_files_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "old.txt").write_text("a result")
-    with pytest.raises(AccelError, match="--out"):
-        new_folder("bench", str(tmp_path))
-    assert new_folder("bench", str(tmp_path / "new" / "run")).is_dir()
+    with pytest.raises(AccelError, match="--out"), new_folder("bench", str(tmp_path)):
+        pass
+    with new_folder("bench", str(tmp_path / "new" / "run")) as folder:
+        assert folder.is_dir()
+
+
+def test_a_command_that_writes_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    for name in ("new/run", "own", "own/run"):
+        with pytest.raises(KeyboardInterrupt), new_folder("bench", str(tmp_path / name)):
+            raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.rglob("*")] == ["own"], "a folder that was there stays"
+    with new_folder("bench", str(tmp_path / "new" / "run")) as folder:
+        (folder / "result.json").write_text("{}")
+    assert (folder / "result.json").exists()
 
 
 def test_a_run_that_could_not_be_reported_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accel.evals.report.NEEDED_FOR_HTML", ("no_such_package",))
-    with pytest.raises(AccelError, match="pip install no_such_package"):
-        new_folder("bench", str(tmp_path / "run"))
+    with pytest.raises(AccelError, match="pip install no_such_package"), new_folder("bench", str(tmp_path / "run")):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_folder_carries_date_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert new_folder("bench", None).match("runs/20??-??-??-??????-bench")
+    with new_folder("bench", None) as folder:
+        assert folder.match("runs/20??-??-??-??????-bench")
 
 
 def test_finished_runs_hold_settings_result_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

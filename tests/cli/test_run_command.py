@@ -176,14 +176,17 @@ def test_the_dry_run_shows_flags_over_file_over_defaults(tmp_path: Path, capsys:
         (["--keeps", "0.5"], "such as --method fastervlm"),
         (["--tasks", "scene"], "did you mean 'scenes'"),
         (["--lengths", "4q"], "a length is"),
+        (["--lengths", ""], "a length is"),
+        (["--tasks", ","], "--tasks names no task"),
+        (["--model", "smolm2"], "there is no model 'smolm2'; did you mean 'smollm2'?"),
         (["--method", "fastervlm", "--keeps", "1,0.5"], "write 1.0 for everything"),
         (["--method", "fastervlm", "--keeps", "1.5"], "a share in (0, 1]"),
         (["--method", "fastervlm", "--keeps", "half"], "a share such as 0.25"),
         (["--method", "flexprefill", "--keeps", "0.5"], "keeps are tried on methods that prune tokens"),
     ],
     ids=[
-        "task", "method", "resume_without_folder", "limit", "samples", "batch", "warmup", "keeps_without_pruning", "group", "length", "keep_one",
-        "keep_too_much", "keep_word", "keeps_of_nothing",
+        "task", "method", "resume_without_folder", "limit", "samples", "batch", "warmup", "keeps_without_pruning", "group", "length",
+        "no_length", "no_task", "model", "keep_one", "keep_too_much", "keep_word", "keeps_of_nothing",
     ],
 )
 def test_a_wrong_word_is_told_before_anything_loads(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,6 +306,7 @@ def test_an_interrupted_run_tells_how_to_go_on_and_needs_nothing_else(
     assert f"1 sample is saved. Go on with `accel run --out {folder} --resume`" in capsys.readouterr().err
     before = yaml.safe_load((folder / "config.yaml").read_text())
     assert main(["run", "--out", str(folder), "--resume"]) == 0
+    assert json.loads((folder / "result.json").read_text())["env"]["dtype chosen"] == "as the run's config.yaml says"
     assert yaml.safe_load((folder / "config.yaml").read_text()) == before
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 4
     assert main(["run", "--out", str(folder), "--resume", "--seed", "4"]) == 2

@@ -78,14 +78,22 @@ def test_a_search_goes_on_only_on_the_same_pictures(asked: Path, tmp_path: Path,
     [
         ("vflowopt", "gone", "there is no 'gone' to tune on"), ("vflowopt:keep=2.0", "scenes", "keep must lie in"),
         ("uniform_tokens", "scenes", "uniform_tokens has nothing to tune"), ("flexprefill", "scenes", "flexprefill has no objective"),
+        ("croosover", "scenes", "nothing to tune that is called 'croosover'; did you mean 'crossover'?"),
     ],
-    ids=["no_data", "bad_option", "nothing_to_tune", "no_objective"],
+    ids=["no_data", "bad_option", "nothing_to_tune", "no_objective", "crossover"],
 )  # fmt: skip
 def test_mistakes_are_one_line(what: str, data: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tune(what, data, tmp_path / "run", "--trials", "2") != 0
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("flag", ["--trials", "--samples", "--repeats"])
+def test_numbers_that_measure_nothing_are_told_before_anything_loads(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = {"--trials": ("vflowopt", "--data", "scenes"), "--samples": ("flexprefill", "--objective", "accuracy@latency")}
+    assert main(["tune", *words.get(flag, ("crossover",)), flag, "0"]) == 2
+    assert capsys.readouterr().err == f"accel: {flag} must be at least 1, got 0\n"
 
 
 def test_a_text_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

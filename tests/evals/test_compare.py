@@ -312,6 +312,7 @@ def test_few_prompts_and_a_margin_that_no_loss_exceeds_are_told(tmp_path: Path) 
                         [("few", 9, None), ("loose", 10, [1] + [0] * 9), ("fine", 10, None)])  # fmt: skip
     [notice] = gate_notices(rows := gated(few, "0.02"))
     assert notice.startswith("gate: needle at 1024 tokens rests on 9 prompts; fewer than 10 tell little of others")
+    assert f"`accel run --out {few} --resume --samples 10`" in notice
     assert gate_notices(rows, 0.95) == [], "a confidence counts the prompts"
     [notice] = gate_notices(gated(loose, "0.1"))
     assert notice == "gate: needle at 1024 tokens: dense scores 0.100, no more than the margin of 0.1, so that no loss can fail it."

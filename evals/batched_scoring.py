@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from accel.errors import UnsupportedError
-from accel.evals.prompt_cache import cache_argument
-from accel.evals.scoring import Scored, Written, device_of, end_tokens, keeps_rows, rewind, split_by_answer, token_log_probs
+from accel.evals.prompt_cache import branch, cache_argument
+from accel.evals.scoring import Scored, Written, device_of, end_tokens, keeps_rows, split_by_answer, token_log_probs
 from accel.evals.tasks import Sample
 from accel.evals.tasks._rules import RULES
 from accel.evals.timing import Stopwatch, Times
@@ -127,13 +127,12 @@ def _generated(model: Any, tokenizer: Any, samples: Sequence[Sample], on_prefill
     if on_prefill:
         on_prefill()
     # what stands behind a shorter answer is read and not scored
-    forced, rows = pad_sequence(targets, batch_first=True), [first]
-    for n, tokens in enumerate(forced.T[:-1]):
-        rows.append(batch.step(model, tokens, cache, n))
+    forced = pad_sequence(targets, batch_first=True)
+    with branch(cache, max(map(len, prompts))) as own:
+        rows = [first, *(batch.step(model, tokens, own, n) for n, tokens in enumerate(forced.T[:-1]))]
+    del own
     logits = torch.stack(rows, 1)
     log_probs = [token_log_probs(logits[i, : len(target)], target).tolist() for i, target in enumerate(targets)]
-    if not rewind(cache, max(map(len, prompts))):
-        first, cache = batch.read(model)
     with watch.lap() as writing:
         replies = _greedy(model, batch, first, cache, [sample.max_new_tokens for sample in samples])
     found = []

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.evals.prompt_cache import cache_argument
-from accel.evals.scoring import Scored, decode, device_of, greedy, prefill, split_by_answer, token_log_probs
+from accel.evals.scoring import Scored, decode, device_of, greedy, prefill, rows_of_logits, split_by_answer, token_log_probs
 from accel.evals.tasks import Answer, Sample
 from accel.evals.tasks._rules import RULES
 from accel.evals.timing import Lap, Stopwatch, Times
@@ -104,10 +103,9 @@ def _asked(model: Any, tokenizer: Any, sample: Sample, first: Tensor, cache: Any
     for i, (begin, answers) in enumerate(asked):
         own = cache if i == len(asked) - 1 else copy.deepcopy(cache)
         stop = max(a.stop for a in answers)
-        out = model(input_ids=_ids(model, sample.input_ids[begin : stop - 1]), use_cache=True, **{cache_argument(model): own})
         # the row before a token predicts it
         rows = torch.tensor([t - 1 - begin for a in answers for t in range(a.start, a.stop)], device=first.device)
-        logits = out.logits[0][rows]
+        logits = rows_of_logits(model, _ids(model, sample.input_ids[begin : stop - 1]), rows, own)
         target = torch.tensor([t for a in answers for t in sample.input_ids[a.start : a.stop]], device=first.device)
         found = list(zip(logits.argmax(-1).tolist(), token_log_probs(logits, target).tolist(), strict=True))
         for answer, tokens in zip(answers, split_by_answer(found, answers), strict=True):

@@ -13,7 +13,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 import accel
 from accel.errors import OptionError
 from accel.evals.memory import track_peak
-from accel.evals.prompt_cache import cache_argument, filled_cache, last_logits_only
+from accel.evals.prompt_cache import branch, cache_argument, filled_cache, last_logits_only
 from accel.protocols import KVCompression, Method
 from accel.registry import build
 
@@ -160,15 +160,13 @@ def measure_decode(
             out.logits[:, -1].argmax(-1).tolist()
 
     def begin(label: str, methods: Sequence[Method]) -> Callable[[], Pass]:
-        # what has lost entries cannot be cut back; the copy lies outside the clock
-        cache = copy.deepcopy(own[label]) if label in own else stock
+        # what has lost entries cannot be cut back; a copy lies outside the clock
+        ready = ExitStack()
+        cache = copy.deepcopy(own[label]) if label in own else ready.enter_context(branch(stock, n_filled))
 
         def one_pass() -> Pass:
-            try:
+            with ready:
                 return timed_pass(model, methods, lambda: decode(cache), units=steps)
-            finally:
-                if label not in own and (surplus := cache.get_seq_length() - n_filled):
-                    cache.crop(-surplus)
 
         return one_pass
 

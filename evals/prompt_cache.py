@@ -1,10 +1,11 @@
-"""The cache behind a prompt, and what models call it."""
+"""The cache behind a prompt, what goes on from it, and what models call it."""
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,22 @@ def read_prompt(model: Any, input_ids: Tensor, *, chunk: int | None = None) -> A
         out = model(input_ids=input_ids[:, i : i + (chunk or n)], use_cache=True, **given, **last_logits_only(model))
         cache = getattr(out, cache_argument(model))
     return cache
+
+
+@contextmanager
+def branch(cache: Any, n_tokens: int) -> Iterator[Any]:
+    """The cache behind `n_tokens` tokens, to go on from inside the block; behind it, `cache` holds these tokens alone again.
+
+    It is cut back where that leaves no trace, and else, as with recurrent states, the block gets a copy: a second prefill would take far longer.
+    """
+    if not getattr(cache, "is_croppable", False):
+        yield copy.deepcopy(cache)
+        return
+    # a window holds what leaves it from now on
+    cache.activate_past_recording()
+    yield cache
+    if surplus := int(cache.get_seq_length()) - n_tokens:
+        cache.crop(-surplus)
 
 
 def last_logits_only(model: Any) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel.evals.prompt_cache import cache_argument
+from accel.evals.prompt_cache import branch, cache_argument
 from accel.evals.tasks import Answer, Sample
 from accel.evals.tasks._rules import RULES
 from accel.evals.timing import Stopwatch, Times
@@ -64,7 +64,7 @@ def _teacher_forced(model: Any, tokenizer: Any, sample: Sample, on_prefill: Call
     # the row before a token predicts it
     rows = torch.tensor([i - 1 for a in sample.answers for i in range(a.start, a.stop)], device=ids.device)
     with Stopwatch(device_of(model)).lap() as prompt:
-        logits = _rows_of_logits(model, ids, rows)
+        logits = rows_of_logits(model, ids, rows)
         guesses = logits.argmax(-1).tolist()
     if on_prefill:
         on_prefill()
@@ -90,14 +90,11 @@ def _generated(model: Any, tokenizer: Any, sample: Sample, on_prefill: Callable[
     if on_prefill:
         on_prefill()
     target = torch.tensor(sample.input_ids[sample.n_prompt :], device=prompt.device)
-    rows, step = [first], first
-    for token in target[:-1]:
-        step = decode(model, token, cache)
-        rows.append(step)
+    with branch(cache, sample.n_prompt) as own:
+        rows = [first, *(decode(model, token, own) for token in target[:-1])]
+    del own
     log_probs = token_log_probs(torch.stack(rows), target).tolist()
     spans = [slice(a.start - sample.n_prompt, a.stop - sample.n_prompt) for a in sample.answers]
-    if not rewind(cache, sample.n_prompt):
-        first, cache = prefill(model, prompt)
     with watch.lap() as writing:
         written = greedy(model, first, cache, sample.max_new_tokens)
     reply = tokenizer.decode(written.tokens, skip_special_tokens=True)
@@ -117,12 +114,13 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def _rows_of_logits(model: Any, ids: Tensor, rows: Tensor) -> Tensor:
-    """Logits (len(rows), vocabulary) of some rows; the head runs on these alone where the model can do that."""
+def rows_of_logits(model: Any, ids: Tensor, rows: Tensor, cache: Any = None) -> Tensor:
+    """Logits (len(rows), vocabulary) of some rows of ids (1, L), behind a cache or nothing; the head runs on these alone where it can."""
+    before = {"use_cache": False} if cache is None else {"use_cache": True, cache_argument(model): cache}
     if keeps_rows(model):
-        kept: Tensor = model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0]
+        kept: Tensor = model(input_ids=ids, logits_to_keep=rows, **before).logits[0]
         return kept
-    everything: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    everything: Tensor = model(input_ids=ids, **before).logits[0]
     return everything[rows]
 
 
@@ -156,17 +154,6 @@ def end_tokens(model: Any) -> set[int | None]:
     """The tokens with which a reply ends."""
     end = model.generation_config.eos_token_id
     return set(end) if isinstance(end, list) else {end}
-
-
-def rewind(cache: Any, n_tokens: int) -> bool:
-    """Cuts the cache back to its first `n_tokens` tokens; False where its layers forget or mix tokens, so that only a new prefill helps."""
-    try:
-        surplus = int(cache.get_seq_length()) - n_tokens
-        if surplus:
-            cache.crop(-surplus)
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError):     # what caches without a way back raise
-        return False
-    return int(cache.get_seq_length()) == n_tokens
 
 
 def split_by_answer(tokens: Sequence[Any], answers: Sequence[Answer]) -> list[list[Any]]:

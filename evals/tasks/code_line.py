@@ -13,24 +13,34 @@ from typing import Any
 from accel.evals.tasks import Sample, Task
 from accel.evals.tasks._code import code_before, modules_from
 from accel.evals.tasks._prompts import encode_parts, opening, require_length, sample_rng, written_sample
-from accel.evals.tasks._text import source
+from accel.evals.tasks._text import SOURCE_MODULES, source
 
 MAX_NEW_TOKENS = 64
 SHORTEST, LONGEST = 20, 80
 FEWEST_BEFORE = 128
-CAVEAT = "code_line: models have seen Python's library in training and may know lines by heart; most of a line follows from the lines just before it."
+CAVEAT = (
+    "code_line: models have seen Python's library in training and may know lines by heart; most of a line follows from the lines just before it. "
+    f"There are {len(SOURCE_MODULES)} modules: more prompts than that, or prompts longer than a module, share source, and standard errors, which "
+    "take prompts for independent, are too small then."
+)
 
 
 def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
-    """n prompts that end in a module each, in turn, and leave the reply of `n_tokens` tokens, with one answer."""
-    return [_sample(tokenizer, n_tokens, index, seed) for index in range(n)]
+    """n prompts that end in a module each, in turn, and leave the reply of `n_tokens` tokens, with one answer; no line twice if there are others."""
+    taken: set[tuple[str, int]] = set()
+    return [_sample(tokenizer, n_tokens, index, seed, taken) for index in range(n)]
 
 
-def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int) -> Sample:
+def _sample(tokenizer: Any, n_tokens: int, index: int, seed: int, taken: set[tuple[str, int]]) -> Sample:
+    """taken: module and line of the samples before; this one joins them."""
     rng = sample_rng("code_line", seed, index)
     module, *more = modules_from(seed + index)
     lines = source(module).splitlines(keepends=True)
-    number = rng.choice([i for i in range(len(lines) // 2, len(lines)) if _is_fit(lines[i])])
+    fit = [i for i in range(len(lines) // 2, len(lines)) if _is_fit(lines[i])]
+    number = rng.choice(fit)
+    if (module, number) in taken:
+        number = rng.choice([i for i in fit if (module, i) not in taken] or fit)
+    taken.add((module, number))
     line = lines[number]
     expected = encode_parts(tokenizer, line, [line.strip()])
     reserved = max(MAX_NEW_TOKENS, len(expected.ids) + 2)

@@ -1,6 +1,6 @@
 """Perplexity of prose by position: 16 stretches of 32 tokens, evenly spread over a prompt of exactly N tokens, the last at its end.
 
-Essays from a random paragraph on, none of them twice; plain text without a chat template. The table by position shows where in the
+Essays from a random paragraph on, none twice in a prompt; plain text without a chat template. The table by position shows where in the
 prompt a method begins to lose. Perplexity does not separate sparse methods from a sliding window (PG19, PowerAttention's paper): read it beside
 retrieval, never alone. Methods that drop cache entries do so before the first stretch, and all that follows is read behind what they left.
 """
@@ -16,6 +16,10 @@ from accel.evals.tasks._prompts import encode, opening, require_length, sample_r
 from accel.evals.tasks._text import paragraphs
 
 N_PLACES, N_SCORED = 16, 32
+CAVEAT = (
+    "perplexity: prompts begin at random paragraphs of the same 170 thousand tokens of essays. From the second on they may share text, and where all "
+    "together have 60 thousand tokens about half of them do: standard errors take prompts for independent, and are too small then."
+)
 
 
 def samples(tokenizer: Any, n_tokens: int, n: int, seed: int) -> list[Sample]:
@@ -47,4 +51,4 @@ def _begun(tokenizer: Any, text: Sequence[str], n_tokens: int) -> list[int]:
     return ids
 
 
-TASK = Task(samples, metric="perplexity")
+TASK = Task(samples, metric="perplexity", caveat=CAVEAT)

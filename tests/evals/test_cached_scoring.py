@@ -118,3 +118,11 @@ def test_counters_are_read_between_context_and_questions(model: Any) -> None:
     hook.remove()
     assert seen == [CONTEXT]
     assert lengths == [CONTEXT, 19, 24]
+
+
+def test_the_head_runs_on_the_scored_rows_alone(model: Any) -> None:
+    heads: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda _m, args, _out: heads.append(args[0].shape[1]))
+    score_behind_cache(model, byte_tokenizer(), sample_of(*ASKED))
+    hook.remove()
+    assert heads == [1, 3, 5]

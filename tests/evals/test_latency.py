@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from accel.errors import OptionError
 from accel.evals import latency
@@ -139,6 +141,30 @@ def test_decode_gives_every_variant_the_same_cache(model: LlamaForCausalLM, appl
     assert lengths == {0: 1, 16: 9, 17: 9, 18: 9, 19: 9}
     assert {row.metric for row in rows} == {"tpot_ms"}
     assert {row.tokens for row in rows} == {20}
+
+
+# no cut undoes either: a window that has forgotten, and a recurrent state
+LOSING: dict[str, Callable[..., Any]] = {
+    "window": lambda **shared: MistralForCausalLM(MistralConfig(**shared, sliding_window=8)),
+    "recurrent": lambda **shared: Qwen3NextForCausalLM(Qwen3NextConfig(
+        **shared, layer_types=["linear_attention", "full_attention"], head_dim=8, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSING)
+def test_every_pass_of_decoding_goes_on_from_the_prompt_alone(name: str, applied: list[str]) -> None:
+    torch.manual_seed(0)
+    shared = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2}  # fmt: skip
+    losing = LOSING[name](**shared).eval()
+    answers: list[torch.Tensor] = []
+    hook = losing.lm_head.register_forward_hook(lambda _m, _args, out: answers.append(out[0, -1]))
+    measure_decode(losing, torch.randint(0, 64, (1, 20)), {}, steps=2, repeats=2, warmup=0)
+    hook.remove()
+    # the prompt, then 2 rounds of 2 variants
+    assert len(answers) == 1 + 4 * 2
+    assert all(torch.equal(answers[i], answers[i - 2]) for i in range(3, len(answers)))
 
 
 @pytest.mark.parametrize("repeats, warmup", [pytest.param(0, 1, id="no-repeat"), pytest.param(1, -1, id="negative-warmup")])

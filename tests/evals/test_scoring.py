@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from tiny_llama import byte_tokenizer, tiny_model
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, Qwen3NextConfig, Qwen3NextForCausalLM
 
 from accel.evals import scoring
+from accel.evals.batched_scoring import score_batch
 from accel.evals.cached_scoring import score_behind_cache
 from accel.evals.scoring import score, token_log_probs
 from accel.evals.tasks import Answer, Sample
@@ -99,17 +101,44 @@ def greedy(model: Any, ids: list[int], n: int) -> list[int]:
     return found[len(ids) :]
 
 
-@pytest.fixture(params=["full_cache", "sliding_cache"])
-def generator(request: pytest.FixtureRequest) -> Any:
-    if request.param == "full_cache":
-        return tiny_model()
-    # a sliding cache has forgotten what lies before its window, so that it cannot be cut back
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        sliding_window=16, bos_token_id=None, eos_token_id=None,
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None,
+    "eos_token_id": None,
+}  # fmt: skip
+
+
+def recurrent_model() -> Any:
+    """A layer with a recurrent state, which no cut can undo, before one with attention."""
+    config = Qwen3NextConfig(
+        **SMALL, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"], head_dim=16, num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=16,
     )  # fmt: skip
-    return MistralForCausalLM(config).eval()
+    return Qwen3NextForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "full cache": tiny_model,
+    # forgets what lies before its window
+    "sliding cache": lambda: MistralForCausalLM(MistralConfig(**SMALL, num_hidden_layers=2, sliding_window=16)),
+    "recurrent states": recurrent_model,
+}
+
+
+@pytest.fixture(params=MODELS)
+def generator(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    return MODELS[request.param]().eval()
+
+
+@pytest.mark.parametrize("scorer", [lambda *args: [score(*args)], lambda *args: score_batch(*args[:2], [args[2]])], ids=["alone", "in a batch"])
+def test_one_prefill_serves_the_answer_and_the_reply(generator: Any, scorer: Any) -> None:
+    generator.generation_config.eos_token_id = None
+    lengths: list[int] = []
+    generator.get_input_embeddings().register_forward_hook(lambda _m, args, _out: lengths.append(args[0].shape[1]))
+    [scored] = scorer(generator, byte_tokenizer(), sample_of(random_ids(48), (41, 44), n_prompt=40, max_new_tokens=6))
+    assert lengths == [40, *[1] * 7, *[1] * 5]
+    assert scored.texts == [byte_tokenizer().decode(greedy(generator, random_ids(48)[:40], 6))]
 
 
 def test_the_reply_is_greedy_and_does_not_see_the_right_answer(generator: Any) -> None:

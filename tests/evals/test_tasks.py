@@ -11,9 +11,9 @@ from tiny_llama import byte_tokenizer
 
 from accel.errors import OptionError, UnsupportedError
 from accel.evals.scenes import FAMILIES
-from accel.evals.tasks import Sample, card, expand_names, load_task, load_text_task, task_names
+from accel.evals.tasks import Sample, card, code_line, expand_names, load_task, load_text_task, task_names
 from accel.evals.tasks._prompts import _most_that_fit, chat_prompt, encode_parts, insert, opening
-from accel.evals.tasks._text import paragraphs, sentences
+from accel.evals.tasks._text import SOURCE_MODULES, paragraphs, sentences
 from accel.evals.tasks._words import TOPICS
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -292,6 +292,14 @@ def test_a_line_of_code_is_the_one_that_follows(tokenizer: Any) -> None:
         assert text_of(tokenizer, sample, sample.n_prompt).endswith("\n")
         assert text_of(tokenizer, sample).endswith(answer.text + "\n")
         assert (sample.rule, sample.has_template) == ("line_similarity", None)
+
+
+def test_no_line_of_code_is_asked_for_twice_while_there_are_others(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f"value_of_line_{i} = compute({i})" for i in range(3)]
+    monkeypatch.setattr(code_line, "source", lambda _module: "\n".join(["x = 1"] * 99 + lines))
+    asked = [sample.answers[0].question for sample in made("code_line", tokenizer, 600, n=3 * len(SOURCE_MODULES))]
+    assert len(set(asked)) == len(asked)
+    assert len(made("code_line", tokenizer, 600, n=4 * len(SOURCE_MODULES))) == 4 * len(SOURCE_MODULES)
 
 
 # --- perplexity by position ---------------------------------------------------------------------------------------------------

@@ -141,6 +141,21 @@ def test_flags_whose_servers_ask_no_worker(config_only: str, monkeypatch: pytest
         apply_methods(args, [SPARSE])
 
 
+def test_a_port_that_is_taken_is_named(config_only: str) -> None:
+    import socket
+
+    from accel.errors import AccelError
+    from accel.patches.hosts.vllm.launch import serve
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        words = [config_only, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--skip-tokenizer-init"]
+        with pytest.raises(AccelError, match=f"port {port} is taken"):
+            serve(words, [])
+
+
 def test_an_embedded_model_keeps_its_name() -> None:
     from accel.patches.hosts.vllm.launch import apply_methods, parse
 

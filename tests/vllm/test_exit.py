@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_vllm import VOCAB, engine, report
+from tiny_vllm import ENGINE, VOCAB, engine, report
 from tiny_vlms import IMAGE, VISION_END, VISION_START, for_transformers, picture, save_llava, save_llava_next, save_qwen2_5_vl
 
 import accel
@@ -156,6 +156,31 @@ def test_positions_that_left_have_no_scores(early: Any) -> None:
         assert (score != score) == (ids[i - 1] == IMAGE), f"token {i}: {score}"
 
 
+def refusal(llm: Any, **wanted: Any) -> str:
+    """What a request with a picture that asks for scores of its prompt is told."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError) as caught:
+        llm.generate([dict(asked(6, SQUARE, 4, seed=40))], SamplingParams(max_tokens=1, detokenize=False, **wanted), use_tqdm=False)
+    return str(caught.value)
+
+
+def test_scores_of_a_prompt_are_refused_and_other_requests_answered(llava: str, oracle: Oracle) -> None:
+    """They would hold NaN, which a server cannot write as JSON: it answered by HTTP 500."""
+    from accel.vllm import LLM
+
+    method = accel.DyVTE(exit_layer=0)
+    llm = LLM(llava, method, **{**ENGINE, **FIT})
+    try:
+        for n in (0, 1):
+            assert "prompt_logprobs (echo with logprobs, too) cannot be had" in refusal(llm, prompt_logprobs=n)
+        got, whole = answers(llm, FEW)
+        assert got == oracle.answers(FEW, whole, method)
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
 # --- steps --------------------------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +319,10 @@ import interpreted
 interpreted.believe_in_triton()
 interpreted.use_backend("vllm.v1.attention.backends.triton_attn.TritonAttentionBackend")
 import accel, json, test_exit as t
-with t.engine(sys.argv[1], accel.DyVTE(exit_layer=0), architecture=t.LLAVA, **{**t.FIT, "max_num_batched_tokens": 160}) as llm:
+from accel.patches.hosts.vllm.models.exit_requests import PATH
+options = {**t.FIT, "max_num_batched_tokens": 160, "logits_processors": [PATH]}
+with t.engine(sys.argv[1], accel.DyVTE(exit_layer=0), architecture=t.LLAVA, **options) as llm:
+    assert "cannot be had" in t.refusal(llm, prompt_logprobs=1)
     [runner] = llm.collective_rpc(lambda worker: [c.__module__ for c in type(worker.model_runner).__mro__])
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
     backends = sorted({layer.attn_backend.get_name() for name, layer in layers.items() if "language_model" in name})

@@ -198,8 +198,22 @@ def test_a_killed_worker_ends_the_server_with_a_message(server: Server) -> None:
     assert "accel: the engine died and took the server with it" in server.text()
 
 
-def test_workers_that_never_loaded_the_plugin_are_not_served(tmp_path: Path) -> None:
-    tiny = Server(["small-vlm", "--method", "streaming:min_seq_len=0", *ENGINE], tmp_path / "log", VLLM_PLUGINS="none_of_them")
+_OTHERS = """
+def register():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CPU_ATTN, "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend")
+"""
+
+
+def test_workers_in_which_another_plugin_has_the_backend_s_place_are_not_served(tmp_path: Path) -> None:
+    (tmp_path / "others.py").write_text(_OTHERS)
+    told = tmp_path / "others-1.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1\n")
+    (told / "entry_points.txt").write_text("[vllm.general_plugins]\nothers = others:register\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    tiny = Server(["small-vlm", "--method", "streaming:min_seq_len=0", *ENGINE], tmp_path / "log", PYTHONPATH=path)
     assert tiny.process.wait(START_SECONDS) == 2
     text = tiny.text()
     assert "accel: not served: a worker does not run what was asked for:\n  - worker 0: streaming runs in no attention layer" in text

@@ -40,7 +40,8 @@ def prepare(model: str, methods: Sequence[Method], given: Mapping[str, Any]) -> 
     reasons += connector_reasons(methods, given)
     _refuse(f"cannot serve {model} with {names}:", reasons)
     replacement = ARCHITECTURES.get(architecture) if any(isinstance(m, TokenPruning) for m in methods) else None
-    return engine_options(methods, {**given, **_chosen_backend(methods, config, given)}, replacement.name if replacement else None)
+    own = {**_chosen_backend(methods, config, given), **_validated(methods, config, given)}
+    return engine_options(methods, {**given, **own}, replacement.name if replacement else None)
 
 
 def check_methods(methods: Sequence[Method]) -> None:
@@ -142,6 +143,19 @@ def _chosen_backend(methods: Sequence[Method], config: Any, given: Mapping[str, 
     [chosen, *_] = _fitting(CUDA_BACKENDS, config)
     logger.info("accel: attention backend %s", chosen)
     return {"attention_backend": chosen}
+
+
+def _validated(methods: Sequence[Method], config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The option that has vLLM refuse requests that an exit inside the model cannot answer."""
+    from accel.patches.hosts.vllm.models.exit_checks import exit_layer
+
+    info = describe(config)
+    # pooling models sample nothing, and take no processors
+    if config.runner_type != "generate" or exit_layer([m.bind(info) for m in methods], info) is None:
+        return {}
+    from accel.patches.hosts.vllm.models.exit_requests import PATH
+
+    return {"logits_processors": [*(given.get("logits_processors") or []), PATH]}
 
 
 def _picture_reasons(methods: Sequence[Method], config: Any, given: Mapping[str, Any]) -> Iterable[str]:

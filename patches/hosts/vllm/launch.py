@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +41,10 @@ def serve(words: Sequence[str], methods: Sequence[Method], *, is_dry_run: bool =
 
     try:
         command.cmd(args)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise AccelError(f"port {args.port} is taken by another process: give another one with --port") from error
     finally:
         # a server that does not begin ends by SystemExit, one whose engine died as if all were well: what was noted says more
         if refused:

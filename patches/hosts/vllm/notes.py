@@ -18,6 +18,6 @@ HOST_NOTES = {
     "wherever the tokens of a step run out. --no-enable-chunked-prefill, with --max-num-batched-tokens of at least --max-model-len, cuts none; "
     "behind a cached prefix they choose for what is new",
     "speculative decoding, LoRA, quantised weights": "untried; key caches of another dtype than the model's are refused with sparse attention",
-    "prompt_logprobs": "with a fixed exit a prompt with a picture is answered by HTTP 500: tokens that left have log-probs of NaN, which is no JSON",
+    "prompt_logprobs": "with a fixed exit every request for them is refused (HTTP 400), of a prompt without pictures too: tokens that left have none",
     "cache compression": "not possible per head: vLLM has one block table for all heads of a layer (vLLM issues 5751, 10646 and 12254 asked for it)",
 }

@@ -6,7 +6,7 @@ import logging
 
 logger = logging.getLogger("accel")
 
-# the stock backends that we stand in front of; ours are they where an engine did not ask for a method
+# the stock backends that we stand in front of in workers whose engine asked
 BACKENDS = {
     "CPU_ATTN": "accel.patches.hosts.vllm.attention.cpu.AccelCPUAttention",
     "TRITON_ATTN": "accel.patches.hosts.vllm.attention.triton_backend.AccelTritonAttention",
@@ -15,21 +15,16 @@ BACKENDS = {
 
 
 def register() -> None:
-    """Registers backends and models by name, and imports none of them. Never raises: vLLM would not start for people who never asked for us.
+    """Registers our models under names of their own, and imports none of them. Never raises: vLLM would not start for people who never asked for us.
 
-    A worker without us is found out when it is asked (`launch.py`), and nothing is served then.
+    An engine without our options runs nothing of ours; a worker without us is found out when it is asked (`launch.py`), and nothing is served then.
     """
     try:
-        from accel.patches.hosts.vllm.compat import AttentionBackendEnum, ModelRegistry, register_backend, why_unsupported
+        from accel.patches.hosts.vllm.compat import ModelRegistry, why_unsupported
 
         if reason := why_unsupported():
             logger.warning("accel: its vLLM plugin stays off: %s", reason)
             return
-        for member, path in BACKENDS.items():
-            backend = AttentionBackendEnum[member]
-            # somebody else's stays
-            if not backend.is_overridden():
-                register_backend(backend, path)
         from accel.patches.hosts.vllm.models import ARCHITECTURES
 
         for ours in ARCHITECTURES.values():
@@ -37,3 +32,15 @@ def register() -> None:
                 ModelRegistry.register_model(ours.name, ours.path)
     except Exception:   # whatever it is, it must not keep vLLM from starting
         logger.exception("accel: its vLLM plugin could not be loaded; engines that ask for it will refuse to serve")
+
+
+def stand_in_front() -> None:
+    """Puts our attention backends in front of vLLM's in this process, by name. Somebody else's stay."""
+    from accel.patches.hosts.vllm.compat import AttentionBackendEnum, cached_attention_backend, register_backend
+
+    for member, path in BACKENDS.items():
+        backend = AttentionBackendEnum[member]
+        if not backend.is_overridden():
+            register_backend(backend, path)
+    # an engine that did not ask may have been built in this process before
+    cached_attention_backend.cache_clear()

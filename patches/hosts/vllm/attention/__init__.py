@@ -1,8 +1,8 @@
 """Attention backends: the platform's own ones, with prompts, and static patterns of decoding, handed to our kernels (vllm-integration.md §3, §4).
 
 `plugin.BACKENDS` names the subclasses (cpu.py, triton_backend.py, flash.py); mixins.py is what they share. When vLLM builds the metadata of a step,
-group.py divides its requests for every layer (rows.py), and layer.py runs them. An engine that did not ask has vLLM's implementation, and a
-builder that passes everything on.
+group.py divides its requests for every layer (rows.py), and layer.py runs them. A worker stands in front of vLLM's where its engine has options of
+ours; beside it in one process, an engine without has vLLM's implementation, and a builder that passes everything on.
 
 - Every request is judged as if it were alone in its step, and counted as one call: results and counters are those of the transformers host. All
   sparse requests of a layer then go through one plan and one call of our kernels; vLLM's attention is given only those that stay dense.

@@ -59,7 +59,7 @@ def note_chunks(engine: Engine, rule: LayerRule, config: Any) -> None:
     if scheduler.enable_chunked_prefill and follows_chunks(rule, longest) and rule.why_dense(longest, longest) is None:
         engine.notices.add(
             f"{rule.method.method_name()} plans the chunks that the scheduler cuts, up to {scheduler.max_num_batched_tokens} tokens and fewer beside "
-            "other requests; enable_chunked_prefill=False plans prompts whole"
+            "other requests; enable_chunked_prefill=False (--no-enable-chunked-prefill) plans prompts whole"
         )
 
 

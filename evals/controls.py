@@ -34,6 +34,8 @@ _KEEPING = (TokenPruning, KVCompression)
 # a picture of a usual size, on which what a method is asked to keep is compared to what the layers see; the rest is rounding
 _PICTURE = Unit(0, 576, 24, 24)
 _ROUNDING = 0.02
+# of a path, as many as can be told apart in a label
+MOST_PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,31 @@ def swept(methods: Mapping[str, Sequence[Method]], keeps: Sequence[float | int])
             continue
         for keep in keeps:
             changed = [build(m.method_name(), {**m.options(), "keep": keep}) if isinstance(m, _KEEPING) else m for m in group]
-            found[" + ".join(describe(m) for m in changed)] = changed
+            add_variant(found, changed)
     if not any(keep_of(group) is not None for group in found.values()):
         got = ", ".join(methods) or "none"
         raise OptionError(f"keeps are tried on methods that prune tokens or compress the cache and can be told how much to keep, got {got}")
     return found
 
 
-def describe(method: Method) -> str:
-    """The method's name with what it keeps and the options that differ from their defaults."""
+def add_variant(variants: dict[str, list[Method]], methods: Sequence[Method]) -> None:
+    """Adds methods under a label that no others have: of files of one name in several folders, with as much of the paths as tells them apart."""
+    label = ""
+    for n_parts in range(1, MOST_PARTS + 1):
+        label = " + ".join(describe(m, n_parts=n_parts) for m in methods)
+        if variants.get(label, list(methods)) == list(methods):
+            break
+    variants[label] = list(methods)
+
+
+def describe(method: Method, *, n_parts: int = 1) -> str:
+    """The method's name with what it keeps and the options that differ from their defaults.
+
+    n_parts: of files, so many of the last parts of the path: whole ones make labels that no table can hold.
+    """
     keep = keep_of([method])
-    # of a file its name: whole paths make labels that no table can hold
     files = {f.name for f in fields(method) if f.metadata.get("is_path")}
-    changed = {name: Path(value).name if name in files and value else value for name, value in method.changed_options().items()}
+    changed = {name: Path(*Path(value).parts[-n_parts:]) if name in files and value else value for name, value in method.changed_options().items()}
     shown = {**({} if keep is None else {"keep": keep}), **changed}
     return f"{method.method_name()}({', '.join(f'{name}={value}' for name, value in shown.items())})" if shown else method.method_name()
 

@@ -124,14 +124,16 @@ def read_variants(settings: Mapping[str, Any]) -> dict[str, list[Method]]:
 
     UnsupportedError for a recipe whose methods cannot stand beside each other.
     """
-    from accel.evals.controls import describe
+    from accel.evals.controls import add_variant
     from accel.evals.models import embedded_recipe
     from accel.patching import check_together
     from accel.recipe import Recipe
     from accel.registry import build
 
     methods = _given_methods(settings["method"])
-    variants = {describe(method): [method] for method in methods}
+    variants: dict[str, list[Method]] = {}
+    for method in methods:
+        add_variant(variants, [method])
     shipped = None if methods or settings["recipe"] else embedded_recipe(settings["model"])
     for path in (settings["recipe"], shipped):
         if path:

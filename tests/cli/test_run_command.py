@@ -17,6 +17,7 @@ from tiny_llama import save_tiny
 from accel.cli.main import main
 from accel.cli.options import read_variants
 from accel.errors import AccelError, OptionError
+from accel.evals.controls import swept
 from accel.evals.results import MEASURED
 
 SPARSE = "flexprefill:min_seq_len=0,min_budget=128,block_size=64,gamma=0.6"
@@ -225,6 +226,15 @@ def test_scenes_are_asked_at_every_budget_beside_the_controls(tmp_path: Path, ca
 def test_a_settings_file_may_write_a_method_as_a_recipe_does(given: Any) -> None:
     [methods] = read_variants({"method": given, "recipe": None, "model": "small-vlm"}).values()
     assert [m.changed_options() for m in methods] == [{"keep": 0.1}]
+
+
+def test_files_of_one_name_in_two_folders_are_two_variants() -> None:
+    given = ["snapkv:profile=/runs/a/profile.safetensors", "snapkv:profile=/runs/b/profile.safetensors"]
+    variants = read_variants({"method": given, "recipe": None, "model": "smollm2"})
+    assert list(variants) == ["snapkv(keep=0.5, profile=profile.safetensors)", "snapkv(keep=0.5, profile=b/profile.safetensors)"]
+    both = swept(variants, [0.3, 0.1])
+    assert len(both) == 4
+    assert {Path(m.options()["profile"]).parent.name for label, [m] in both.items() if "b/profile" in label} == {"b"}
 
 
 def test_what_is_no_method_in_a_settings_file_is_refused() -> None:

@@ -101,7 +101,7 @@ def merge_dropped(keys: Tensor, kept: Tensor, *, is_normalised: bool) -> Merge:
     if is_normalised:
         weight = weight.clamp_min(0)
     share = weight if is_normalised else torch.ones_like(weight)
-    whole = torch.ones(kept.shape, device=keys.device).scatter_add(2, nearest, share)
+    whole = torch.ones(kept.shape, dtype=torch.float32, device=keys.device).scatter_add(2, nearest, share)
     # entries into which nothing is merged are no anchors, and stay bit for bit: a weight of 0 names nobody
     is_anchor = torch.zeros_like(whole).scatter_add(2, nearest, (share != 0).float()) > 0
     own = torch.where(is_anchor, 1 / whole, 0.0)

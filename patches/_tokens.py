@@ -119,7 +119,7 @@ def usable(method: TokenPruning, scores: Sequence[Tensor]) -> tuple[list[Tensor]
 def spread(like: Tensor) -> Tensor:
     """(n,) fp32 of mean 1 whose largest T lie evenly apart for every T: the van der Corput sequence, backwards."""
     n = len(like)
-    index, value = torch.arange(n, device=like.device), torch.zeros(n, device=like.device)
+    index, value = torch.arange(n, device=like.device), torch.zeros(n, dtype=torch.float32, device=like.device)
     for bit in range(n.bit_length()):
         value += (index >> bit & 1) * 0.5 ** (bit + 1)
     return mean_one(1 - value)

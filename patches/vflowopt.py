@@ -236,7 +236,7 @@ class VFlowOpt(TokenPruning):
         if self.alpha:
             scores = [s + self.alpha * pixels for s, pixels in zip(scores, observed_scores(self, ctx, "pixel_map", tokens), strict=True)]
         scores, broken = usable(self, scores)
-        found = torch.zeros(ctx.is_visual.shape, device=ctx.is_visual.device)
+        found = torch.zeros(ctx.is_visual.shape, dtype=torch.float32, device=ctx.is_visual.device)
         for u, (unit, own) in enumerate(zip(ctx.units, tokens, strict=True)):
             # evenly spread scores have mean 1, attention sums to 1
             found[unit.sequence, own] = scores[u] / len(own) if u in broken else scores[u]
@@ -326,8 +326,8 @@ def _lowest_r2(options: Mapping[str, Any]) -> float:
 
 def grey_entropy(pixels: Tensor) -> Tensor:
     """Entropy in bits of each patch's grey levels: (P, pixels of a patch) uint8 -> (P,) fp32."""
-    levels = torch.zeros(len(pixels), 256, device=pixels.device)
-    levels.scatter_add_(1, pixels.long(), torch.ones(pixels.shape, device=pixels.device))
+    levels = torch.zeros(len(pixels), 256, dtype=torch.float32, device=pixels.device)
+    levels.scatter_add_(1, pixels.long(), torch.ones(pixels.shape, dtype=torch.float32, device=pixels.device))
     bits: Tensor = torch.special.entr(levels / pixels.shape[1]).sum(-1) / math.log(2)
     return bits
 
@@ -360,5 +360,5 @@ def recycled(order: Tensor, cell: Tensor, importance: Tensor, n_kept: int) -> Re
     best = torch.full((n_cells,), n, dtype=torch.int64, device=order.device).scatter_reduce(0, own, rank[source], "amin")
     # negative importance (alpha < 0) must not turn a mean around
     weight = importance[source].float().clamp_min(1e-12)
-    whole = torch.zeros(n_cells, device=order.device).index_add(0, own, weight)
+    whole = torch.zeros(n_cells, dtype=torch.float32, device=order.device).index_add(0, own, weight)
     return order[best[own]], source, weight / whole[own]

@@ -63,7 +63,7 @@ class Entries:
         is_there = torch.ones(n_new, dtype=torch.bool, device=k.device) if valid is None else valid.to(k.device)
         return Entries(
             torch.cat([self.k, k], 2), torch.cat([self.v, v], 2), joined(self.position, new.int()), joined(old_valid, is_there),
-            joined(self.mass, torch.zeros(n_new, device=k.device)),
+            joined(self.mass, torch.zeros(n_new, dtype=torch.float32, device=k.device)),
         )  # fmt: skip
 
     def at(self, index: Tensor, ok: Tensor | None = None) -> Entries:
@@ -94,7 +94,7 @@ class Entries:
             return self
         # a weight of 0 is padding and names nobody
         counts = merge.weight != 0
-        named = torch.zeros(self.k.shape[:3], device=self.k.device).scatter_add(2, merge.anchor, counts.float())[..., None] > 0
+        named = torch.zeros(self.k.shape[:3], dtype=torch.float32, device=self.k.device).scatter_add(2, merge.anchor, counts.float())[..., None] > 0
         k, v = (_weighted(t, merge) for t in (self.k, self.v))
         k = F.normalize(k, dim=-1) if retain.renorm_keys else k
         return replace(self, k=torch.where(named, k.to(self.k.dtype), self.k), v=torch.where(named, v.to(self.v.dtype), self.v))
@@ -129,7 +129,7 @@ class Entries:
     @torch.no_grad()
     def received(self, q: Tensor, scale: float, *, softcap: float | None = None, n_causal: int = 0) -> Tensor:
         """(b, H, N) fp32: the attention each entry receives from all queries together, summed chunk by chunk of them. Arguments as in `attention`."""
-        total = torch.zeros(self.k.shape[:3], device=q.device)
+        total = torch.zeros(self.k.shape[:3], dtype=torch.float32, device=q.device)
         mask, step = self._visible(q.shape[2], n_causal), max(1, MAX_MATRIX_ELEMENTS // max(1, total.numel()))
         with torch.autocast(q.device.type, enabled=False):
             for first in range(0, q.shape[2], step):

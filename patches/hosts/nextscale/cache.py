@@ -196,7 +196,7 @@ class CompressedCache(ScaleCache):
         old = held.entries[number]
         if old is not None:
             return old.followed_by(k, v, start)
-        mass = torch.zeros(k.shape[:3], device=k.device) if self._needs.attention_mass else None
+        mass = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device) if self._needs.attention_mass else None
         # a layer that was released early starts anew in the middle of the sequence
         position = None if start == 0 else torch.arange(start, held.n_seen, device=k.device, dtype=torch.int32).expand(k.shape[:3])
         return Entries(k, v, position=position, mass=mass)

@@ -236,7 +236,7 @@ def _context_ahead(prompt: Prompt, asked: Asked, alive: Tensor) -> PruningContex
     is_front = asked.stage.layer is None
     if is_front and prompt.features is None:
         prompt.features = tokens.features()
-    features = prompt.features if is_front and prompt.features is not None else torch.zeros(*alive.shape, 0)
+    features = prompt.features if is_front and prompt.features is not None else torch.zeros(*alive.shape, 0, dtype=torch.float32)
     device = features.device
     return PruningContext(
         stage=asked.stage, units=tokens.units, features=features,
@@ -266,7 +266,7 @@ def remember_scores(prompt: Prompt, asked: Asked, keep: Keep) -> None:
     """Keeps what a stage ranked by for the later stages of its method. `keep` lists visual tokens."""
     if keep.scores is None:
         return
-    scores = torch.zeros(prompt.tokens.exists.shape)
+    scores = torch.zeros(prompt.tokens.exists.shape, dtype=torch.float32)
     index, ok = keep.index.cpu(), keep.ok.cpu()
     rows = torch.arange(len(index))[:, None].expand_as(index)
     scores[rows[ok], index[ok]] = keep.scores.float().cpu()[ok]
@@ -279,7 +279,7 @@ def merged_rows(rows: Tensor, merge: Merge) -> Tensor:
     anchor, source, weight = (t[b, entries].to(rows.device) for t in (merge.anchor, merge.source, merge.weight))
     b = b.to(rows.device)
     slot, which = torch.unique(b * rows.shape[1] + anchor, return_inverse=True)
-    sums = torch.zeros(len(slot), rows.shape[2], device=rows.device)
+    sums = torch.zeros(len(slot), rows.shape[2], dtype=torch.float32, device=rows.device)
     sums.index_add_(0, which, weight[:, None].float() * rows[b, source].float())
     found = rows.clone()
     found[slot // rows.shape[1], slot % rows.shape[1]] = sums.to(rows.dtype)

@@ -63,7 +63,7 @@ def grid_picture(height: int, width: int, *, modality: Modality = "image", merge
         is_structural=torch.zeros(n, dtype=torch.bool),
         segments=(n * merge * merge,),
         source=patches.flatten(1),
-        weight=torch.full((n, merge * merge), 1 / (merge * merge)),
+        weight=torch.full((n, merge * merge), 1 / (merge * merge), dtype=torch.float32),
     )
 
 
@@ -215,6 +215,8 @@ def families() -> dict[str, VisionFamily]:
 def family_of(config: Any) -> VisionFamily:
     """The adapter of a model; raises UnsupportedError for families without one."""
     found = families().get(config.model_type)
+    if found is None and not hasattr(config, "vision_config"):
+        raise UnsupportedError(f"a model of type {config.model_type!r} sees no pictures: it has no visual tokens to prune", [])
     if found is None:
         raise UnsupportedError(
             f"no adapter for vision-language models of type {config.model_type!r}: token pruning must know how its patches become tokens",

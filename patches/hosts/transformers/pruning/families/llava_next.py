@@ -55,5 +55,5 @@ def tiled(numbers: Tensor, n_patches: int, n_tiles: int) -> Picture:
         is_structural=torch.zeros(numbers.numel(), dtype=torch.bool),
         segments=(n_patches,) * n_tiles,
         source=numbers.reshape(-1, 1),
-        weight=torch.ones(numbers.numel(), 1),
+        weight=torch.ones(numbers.numel(), 1, dtype=torch.float32),
     )

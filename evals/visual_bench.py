@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accel.evals.latency import Spread
     from accel.evals.visual_shapes import VisualPrompt
     from accel.evals.visual_timing import Part, VisualRow
+    from accel.protocols import Method
 
 HEADERS = (
     "variant", "visual tokens", "encoder ms", "prefill ms", "speed-up", "predicted", "head ms", "TTFT ms", "speed-up", "predicted",
@@ -77,14 +78,17 @@ def _measure(args: argparse.Namespace) -> int:
     from accel.cli.measuring import choose_dtype, progress_bar
     from accel.cli.options import parse_keeps, parse_method
     from accel.cli.table import print_table
-    from accel.evals.controls import describe, swept
+    from accel.evals.controls import add_variant, swept
     from accel.evals.visual_timing import measure_visual
     from accel.protocols import TokenPruning
 
     methods = [parse_method(text) for text in args.method or ["fastervlm"]]
     if other := [m.method_name() for m in methods if not isinstance(m, TokenPruning)]:
         raise OptionError(f"visual_bench measures methods that drop visual tokens, which these do not: {', '.join(other)}")
-    variants = swept({describe(m): [m] for m in methods}, parse_keeps(args.keeps))
+    given: dict[str, list[Method]] = {}
+    for method in methods:
+        add_variant(given, [method])
+    variants = swept(given, parse_keeps(args.keeps))
     dtype, dtype_reason = choose_dtype(args.dtype, args.device)
     model, prompt, name, notes = _subject(args, dtype)
     with progress_bar((1 + args.repeats) * (1 + len(variants))) as step:

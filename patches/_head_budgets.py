@@ -22,6 +22,8 @@ CONTEXTUAL, STRUCTURAL = "contextual", "structural"
 # heads that are contextual where no gap between the two kinds stands out (§2.3)
 FALLBACK_ALPHA = {"accel_infinity": 0.8}
 USUAL_ALPHA = 0.5
+# of prompts of different lengths, that a bound method remembers
+MOST_PLANS = 256
 
 logger = logging.getLogger("accel")
 
@@ -141,6 +143,9 @@ class HeadBudgets(CacheBudget):
             shapes = ((1, n_entries - window), (1, window)) if window < n_entries else ((1, n_entries),)
         key = shapes, model.n_layers, model.n_kv_heads
         if key not in self._plans:
+            if len(self._plans) >= MOST_PLANS:
+                # prompts of ever new lengths; what is asked again is made again. The plan of a file has no lengths, and stays
+                self._plans.pop(next(old for old in self._plans if old is not None))
             n_first, types = min(self.n_first(model.scale_shapes), n_tokens(model, n_entries)), self._types(model)
             keep = self.keep if model.scale_shapes is not None else max(mean, min(n_first + 1, n_entries))
             self._plans[key] = make_plan(types, scale_shapes=shapes, n_protected=n_first, keep=keep, share=self.contextual_share)

@@ -16,6 +16,7 @@ from next_scale import INFO, SHAPES, tiny_infinity, tiny_var
 import accel
 from accel import Recipe
 from accel.errors import OptionError, UnsupportedError
+from accel.patches._head_budgets import MOST_PLANS
 from accel.patches._head_plan import HeadPlan
 from accel.patches.hack import HACK
 from accel.protocols import HeadGroup, ModelInfo
@@ -320,3 +321,13 @@ def test_what_binding_loads_is_no_option_and_stays_off_the_method(tmp_path: Path
     assert not any(name.startswith("_") for name in bound.options())
     with pytest.raises(OptionError, match="was not bound"):
         method.plan_for(INFO)
+
+
+def test_plans_of_ever_new_prompt_lengths_do_not_pile_up() -> None:
+    decoder = replace(INFO, scale_shapes=None)
+    method = HACK(keep=0.5).bind(decoder)
+    first = method.plan_for(decoder, 1000)
+    for n in range(1000, 1001 + MOST_PLANS):
+        method.plan_for(decoder, n)
+    assert len(method._plans) == MOST_PLANS
+    assert method.plan_for(decoder, 1000) == first

@@ -12,6 +12,7 @@ import torch
 from conformance.picture_cases import CASES, LLAVA, QWENS, Case, internvl, llava, llava_next, model_of, onevision, pixels
 from conformance.vision_families import tower
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -353,6 +354,11 @@ def test_qwen3_names_its_deep_features() -> None:
     run = Run(CASES["qwen3 vl"])
     assert len(getattr(run.base.config.vision_config, run.family.deepstack_levels)) == 2    # type: ignore[arg-type]
     assert Run(CASES["qwen2 vl"]).family.deepstack_levels is None
+
+
+def test_a_text_model_has_nothing_to_prune() -> None:
+    with pytest.raises(UnsupportedError, match="of type 'llama' sees no pictures"):
+        family_of(LlamaConfig())
 
 
 def test_towers_that_make_no_grid_of_tokens_are_refused() -> None:

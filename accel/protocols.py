@@ -450,7 +450,7 @@ class TokenPruning(Method):
     @classmethod
     def objectives(cls) -> Mapping[str, Objective]:
         """How much of what the last token of a prompt knows survives (visual-token-pruning.md §4.7); it needs no answers."""
-        from accel.evals.information_flow import OBJECTIVE
+        from accel.evals.pictures.information_flow import OBJECTIVE
 
         return {OBJECTIVE.name: OBJECTIVE}
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 import accel
-from accel.evals.album import file_name, in_bytes
 from accel.evals.controls import describe
-from accel.evals.drawn import image_model
+from accel.evals.drawing.album import file_name, in_bytes
+from accel.evals.drawing.judged import image_model
 from accel.evals.latency import quiet_notices
 from accel.evals.models import LoadedImageModel, LoadedModel
-from accel.evals.overlays import png_bytes
-from accel.evals.pictures import picture_of
+from accel.evals.pictures.overlays import png_bytes
+from accel.evals.pictures.questions import picture_of
 from accel.evals.prompt_cache import last_logits_only
 from accel.evals.runner import head_rows
-from accel.evals.summary import BASELINE
+from accel.evals.summary.scores import BASELINE
 from accel.protocols import Method
 
 FOLDER = "pictures"

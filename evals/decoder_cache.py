@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from accel.evals.cache_cost import POSITION_BYTES
+from accel.evals.cache_bench.cost import POSITION_BYTES
 from accel.protocols import KVCompression, Method
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from accel.evals.block_maps import HeadMaps
 from accel.evals.latency import LatencyRow, Pass, baselines, quiet_notices, rows_from_passes, timed_pass
 from accel.evals.models import LoadedModel
 from accel.evals.prompt_cache import last_logits_only
-from accel.evals.scoring import Scored, score
+from accel.evals.scoring.single import Scored, score
 from accel.evals.tasks import Sample, load_text_task
 from accel.protocols import Method, SparseAttention
 from accel.registry import build

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import accel
 from accel.errors import NotFiniteError
-from accel.evals.album import Album
-from accel.evals.batched_scoring import score_batch
-from accel.evals.cached_scoring import Prefix, can_share, score_behind_cache, shared_prefix
 from accel.evals.controls import keep_of
 from accel.evals.decoder_cache import held_figures, held_now
-from accel.evals.drawn import cache_figures, dense_picture, draw_sample, image_model
+from accel.evals.drawing.album import Album
+from accel.evals.drawing.judged import cache_figures, dense_picture, draw_sample, image_model
 from accel.evals.memory import track_peak
 from accel.evals.models import LoadedModel, require_positions
-from accel.evals.pictures import ask, is_right, vision_model
+from accel.evals.pictures.questions import ask, is_right, vision_model
 from accel.evals.results import SampleKey, SampleRecord
-from accel.evals.scoring import Scored, device_of, score
+from accel.evals.scoring.batched import score_batch
+from accel.evals.scoring.cached import Prefix, can_share, score_behind_cache, shared_prefix
+from accel.evals.scoring.single import Scored, device_of, score
+from accel.evals.summary.visual_layers import layer_tokens
 from accel.evals.tasks import ClassSample, PictureSample, Sample
-from accel.evals.visual_layers import layer_tokens
 from accel.patching import host_for
 from accel.protocols import Method, ModelInfo
 from accel.stats import PruningEvent

@@ -8,18 +8,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from accel.errors import AccelError, OptionError, UnsupportedError
-from accel.evals.album import Album
-from accel.evals.batched_scoring import require_padding
 from accel.evals.controls import Control, build_control, plan_controls
 from accel.evals.decoder_cache import is_compressing
-from accel.evals.drawn import image_model
+from accel.evals.drawing.album import Album
+from accel.evals.drawing.judged import image_model
 from accel.evals.latency import quiet_notices
 from accel.evals.measuring import AnySample, Measurer, model_info, place
 from accel.evals.models import LoadedModel
 from accel.evals.parallel import Team
-from accel.evals.pictures import vision_model
+from accel.evals.pictures.questions import vision_model
 from accel.evals.results import RunFolder, SampleKey, SampleRecord
-from accel.evals.summary import BASELINE, summarise
+from accel.evals.scoring.batched import require_padding
+from accel.evals.summary.scores import BASELINE, summarise
 from accel.evals.tasks import Task, load_task
 from accel.protocols import Method
 
@@ -40,12 +40,12 @@ def run_accuracy(
     folder: RunFolder, controls: Sequence[str] = (), limit: int | None = None, progress: bool = True, shares_prefill: bool = False,
     batch_size: int = 1, warmup: int = 0, team: Team | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Table rows (summary.py) of dense attention, the methods by label, and the controls, on the same n samples per task and length.
+    """Table rows (summary/scores.py) of dense attention, the methods by label, and the controls, on the same n samples per task and length.
 
     lengths: of text prompts; tasks about pictures have none. controls: names of methods that run beside the others at the same budget (controls.py).
     limit: stops after so many new samples. Samples already in `folder` are not run again. Each method is taken off again. shares_prefill: dense and
-    methods that drop cache entries go on from one unpatched prefill of each text prompt, where they can (cached_scoring.py). batch_size: text prompts
-    read together (batched_scoring.py). warmup: untimed passes before the first sample of each label, length and kind.
+    methods that drop cache entries go on from one unpatched prefill of each text prompt, where they can (scoring/cached.py). batch_size: text prompts
+    read together (scoring/batched.py). warmup: untimed passes before the first sample of each label, length and kind.
     team: the processes among which the prompts are shared out; this one measures its own, and the rows are those of what its `folder` holds.
     """
     team = team or Team()

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from accel.errors import OptionError
-from accel.evals.fronts import mean_score
 from accel.evals.latency import OWN_DENSE, own_dense
 from accel.evals.models import LoadedModel
 from accel.evals.results import RunFolder, SampleRecord
 from accel.evals.runner import require_samples, run_accuracy
-from accel.evals.summary import BASELINE
+from accel.evals.summary.fronts import mean_score
+from accel.evals.summary.scores import BASELINE
 from accel.evals.tasks import load_task
 from accel.protocols import Method
-from accel.tune_front import FrontResult, Measured
+from accel.tune.front import FrontResult, Measured
 
 TRIED = "trial"
 

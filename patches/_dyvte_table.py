@@ -23,11 +23,11 @@ import accel
 from accel.errors import AccelError, OptionError, UnsupportedError
 from accel.evals.latency import quiet_notices
 from accel.evals.models import LoadedVisionModel
-from accel.evals.pictures import inputs_of, picture_of, prompt_of
+from accel.evals.pictures.questions import inputs_of, picture_of, prompt_of
 from accel.patches._routers import text_feature
 from accel.patches.dyvte import DyVTE
 from accel.protocols import Keep, ModelInfo, PruningContext, Stage, TokenPruning
-from accel.tune import progress_bar
+from accel.tune.search import progress_bar
 
 if TYPE_CHECKING:
     from accel.evals.scenes import Scene

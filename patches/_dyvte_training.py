@@ -15,14 +15,14 @@ from torch.nn import functional
 
 from accel.errors import OptionError, UnsupportedError
 from accel.evals.models import LoadedModel
-from accel.evals.pictures import vision_model
+from accel.evals.pictures.questions import vision_model
 from accel.patches._dyvte_table import Table, make_table, questions
 from accel.patches._routers import EXIT, KEEP, Router, RouterHeader, save_routers
 from accel.patches.dyvte import DyVTE
 from accel.patching import host_for
 from accel.protocols import Calibration
 from accel.recipe import Recipe
-from accel.tune import progress_bar
+from accel.tune.search import progress_bar
 
 # shares tried as threshold; at 1 no router ever fires
 THRESHOLDS = (*(i / 100 for i in range(1, 100)), 0.995, 0.999, 0.9999, 1.0)

@@ -30,8 +30,9 @@ def profile_heads(
 ) -> HACK:  # fmt: skip
     """HACK with a profile of this model; leaves `profile.safetensors`, `recipe.yaml` and of an image model `plan.json` in `folder`.
 
-    data: "classes", which are drawn in turn; for a model that draws texts a file of their features (`accel.evals.artists.save_features`); for a
-    language model a text task, or a .txt or .jsonl of prose. n_samples: 50 pictures, or 32 prompts of 4096 tokens, unless told otherwise.
+    data: "classes", which are drawn in turn; for a model that draws texts a file of their features
+    (`accel.evals.drawing.artists.save_features`); for a language model a text task, or a .txt or .jsonl of prose.
+    n_samples: 50 pictures, or 32 prompts of 4096 tokens, unless told otherwise.
     fixed: options of the result. A killed call goes on where it was: `profile.partial.safetensors` is written behind every picture. A folder with a
     whole profile gets another plan and recipe. OptionError where the folder holds a profile that was made or begun otherwise.
     """
@@ -67,7 +68,7 @@ def _measured(
     """Runs the model on the subjects that are not yet in the sums of the folder, and writes the profile there."""
     import accel
     from accel.evals.latency import quiet_notices
-    from accel.tune import progress_bar
+    from accel.tune.search import progress_bar
 
     partial = folder / "profile.partial.safetensors"
     sums = Sums.load(partial, about) if partial.exists() else Sums.of(info.n_layers, info.n_kv_heads, len(info.scale_shapes or ()))

@@ -65,7 +65,7 @@ def pictures(loaded: LoadedModel, data: Any, seed: int, n: int) -> list[Subject]
 
 def _pictures(loaded: LoadedModel, data: Any, seed: int, n: int) -> list[tuple[Any, int]]:
     """What is drawn, and from which seeds."""
-    from accel.evals.drawn import image_model
+    from accel.evals.drawing.judged import image_model
 
     found = image_model(loaded)
     seeds = [FIRST_SEED + seed * STRIDE + i for i in range(n)]
@@ -75,7 +75,7 @@ def _pictures(loaded: LoadedModel, data: Any, seed: int, n: int) -> list[tuple[A
         raise OptionError(f"hack: data is “classes”, or a .safetensors file of text features, got {data!r}")
     n_classes = getattr(found.model.config, "num_classes", None)
     if n_classes is None:
-        raise OptionError(f"hack: {loaded.name} draws texts: give it a .safetensors file of their features (accel.evals.artists.save_features)")
+        raise OptionError(f"hack: {loaded.name} draws texts: give it a .safetensors file of their features, see accel.evals.drawing.artists")
     # spread over all classes where there are more of them than pictures
     return [(i % n_classes if n >= n_classes else i * n_classes // n, own) for i, own in enumerate(seeds)]
 

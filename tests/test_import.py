@@ -30,7 +30,7 @@ def modules_after(code: str) -> set[str]:
     [
         "import accel",
         "from accel import Recipe, OptionError, Method, apply, Handle",
-        "import accel.crossover, accel.registry, accel.tune, accel.cli.main",
+        "import accel.crossover, accel.registry, accel.tune.search, accel.cli.main",
     ],
     ids=["accel", "names", "modules"],
 )

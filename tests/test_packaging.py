@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 LINKED = ("evals", "kernels", "patches")
 # data that code reads at run time: without it an installed accel works until it is used
 DATA = (
-    "accel/py.typed", "accel/__init__.pyi", "accel/crossovers.json", "accel/evals/templates/report.html.j2", "accel/evals/templates/report.css",
+    "accel/py.typed", "accel/__init__.pyi", "accel/crossovers.json",
+    "accel/evals/report/templates/report.html.j2", "accel/evals/report/templates/report.css",
     "accel/evals/models/smollm2/recipe.yaml", "accel/evals/models/smollm2/card.md",
     "accel/evals/models/small_vlm/dyvte.yaml", "accel/evals/models/small_vlm/routers.safetensors",
 )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accel.evals.results import SampleRecord
-from accel.evals.summary import summarise
+from accel.evals.summary.scores import summarise
 
 GAMMA = 0.9
 

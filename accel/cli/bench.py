@@ -176,7 +176,7 @@ def check_variants(model: Any, variants: Variants) -> list[str]:
 def print_result(result: Mapping[str, Any]) -> None:
     """The tables on stdout."""
     from accel.cli.table import print_table
-    from accel.evals.report_sections import METRIC_TITLES, latency_table, operator_table
+    from accel.evals.report.sections import METRIC_TITLES, latency_table, operator_table
 
     for metric, title in METRIC_TITLES.items():
         rows = [row for row in result["latency"] if row["metric"] == metric]
@@ -184,7 +184,7 @@ def print_result(result: Mapping[str, Any]) -> None:
             table = latency_table(rows)
             print_table(table.headers, table.rows, title=title, text_columns=table.text_columns)
     if result.get("cache_memory"):
-        from accel.evals.report_cache import bench_table
+        from accel.evals.report.caches import bench_table
 
         table = bench_table(result["cache_memory"])
         print_table(table.headers, table.rows, title="Cache and memory", text_columns=table.text_columns)

@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     from accel.cli.measuring import finish_run, new_folder
     from accel.cli.options import read_variants
     from accel.cli.table import print_table
-    from accel.evals.report_serving import serving_table
+    from accel.evals.report.serving import serving_table
     from accel.patches.hosts.vllm import compat
     from accel.patches.hosts.vllm.checks import check_methods
 

@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints the comparison and writes it where asked. 1 where the gate fails, else 0; folders that cannot be compared raise."""
-    from accel.evals.compare import compare, display_names, read_sources
-    from accel.evals.compare_gate import failures, gate_notices, gate_rows, parse_margins
-    from accel.evals.report import require_packages
+    from accel.evals.compare.folders import compare, display_names, read_sources
+    from accel.evals.compare.gate import failures, gate_notices, gate_rows, parse_margins
+    from accel.evals.report.page import require_packages
 
     if args.confidence is not None and not args.gate:
         raise OptionError("--confidence says how sure --gate has to be; give a margin with --gate")
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
     for line in failed:
         print(line, file=sys.stderr)
     if args.out:
-        from accel.evals.compare_report import write_comparison
+        from accel.evals.compare.report import write_comparison
 
         result["notices"] = [*failed, *result["notices"]]
         print(f"report: {write_comparison(result, Path(args.out)).html}", file=sys.stderr)
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _show(result: Mapping[str, Any], *, as_json: bool) -> None:
     from accel.cli.table import format_table
-    from accel.evals.compare_report import titled_tables
+    from accel.evals.compare.report import titled_tables
 
     if as_json:
         print(json.dumps(result, indent=1, ensure_ascii=False))
@@ -80,7 +80,7 @@ def _show(result: Mapping[str, Any], *, as_json: bool) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Raises OptionError for a folder that holds anything but an earlier comparison."""
-    from accel.evals.compare_report import FILES
+    from accel.evals.compare.report import FILES
 
     if folder.exists() and (not folder.is_dir() or any(file.name not in FILES for file in folder.iterdir())):
         raise OptionError(f"{folder} holds other files than those of a comparison: choose another with --out")

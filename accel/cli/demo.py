@@ -129,8 +129,8 @@ def _answer_rows(m: Measured, label: str) -> list[dict[str, Any]]:
 
 
 def _score_lines(m: Measured, labels: Sequence[str]) -> list[list[str]]:
-    from accel.evals.plots import short_length
-    from accel.evals.report_sections import number
+    from accel.evals.report.plots import short_length
+    from accel.evals.report.sections import number
 
     scores = [_score_row(m, label) for label in labels]
     return [
@@ -142,8 +142,8 @@ def _score_lines(m: Measured, labels: Sequence[str]) -> list[list[str]]:
 
 def _time_lines(m: Measured, labels: Sequence[str]) -> list[list[str]]:
     from accel.evals.latency import BELOW_CROSSOVER
-    from accel.evals.plots import short_length
-    from accel.evals.report_sections import milliseconds, ratio
+    from accel.evals.report.plots import short_length
+    from accel.evals.report.sections import milliseconds, ratio
 
     rows = {row.label: row for row in m.rows()}
     is_below = all(rows[label].note == BELOW_CROSSOVER for label in labels if label not in m.base)

@@ -14,9 +14,9 @@ from accel.cli.options import add_machine_arguments, add_method_argument, add_se
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
-    from accel.evals.artists import Encode, FoundModel
-    from accel.evals.export_folder import ExportFolder
-    from accel.evals.exports import Subject
+    from accel.evals.drawing.artists import Encode, FoundModel
+    from accel.evals.drawing.export_folder import ExportFolder
+    from accel.evals.drawing.exports import Subject
     from accel.protocols import Method
 
 HELP = "many pictures of classes or prompts, for the public scripts of FID, GenEval, HPSv2 and ImageReward"
@@ -32,7 +32,7 @@ SAMPLING = ("guidance", "top_k", "top_p", "tau", "size", "aspect_ratio")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from accel.evals.exports import LAYOUTS
+    from accel.evals.drawing.exports import LAYOUTS
 
     # no default here: a flag that was not given must not override the settings file
     parser.add_argument("--model", help="small-var, a folder of save_pretrained, or an official VAR or Infinity file or folder (default: small-var)")
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     counts = ", ".join(f"{layout.copies} for {name}" for name, layout in LAYOUTS.items() if layout.copies > 1)
     parser.add_argument("--per-prompt", type=int, help=f"pictures of each prompt (default: 1; {counts})")
     parser.add_argument("--text-encoder", help="the T5 that reads the prompts, a folder or hub id (google/flan-t5-xl for the official Infinity)")
-    parser.add_argument("--features", help="instead of a text encoder: what accel.evals.artists.save_features wrote")
+    parser.add_argument("--features", help="instead of a text encoder: what accel.evals.drawing.artists.save_features wrote")
     parser.add_argument("--layout", help="; ".join(f"{name}: {layout.what}" for name, layout in LAYOUTS.items()) + " (default: folder)")
     parser.add_argument("--out", help="folder of the export; the same command goes on where it was stopped")
     parser.add_argument("--npz-only", action="store_const", const=True, help="adm: delete the pictures when the .npz holds them")
@@ -80,9 +80,9 @@ def main(args: argparse.Namespace) -> int:
         raise OptionError("name the folder of the pictures with --out: the same command goes on there when it was stopped")
     require_least(settings, batch=1, per_class=1, per_prompt=1)
     settle_threads(settings["threads"])
-    from accel.evals.artists import check_fit, find_model
-    from accel.evals.export_folder import ExportFolder
-    from accel.evals.exports import Plan, layout_named, read_subjects
+    from accel.evals.drawing.artists import check_fit, find_model
+    from accel.evals.drawing.export_folder import ExportFolder
+    from accel.evals.drawing.exports import Plan, layout_named, read_subjects
     from accel.patching import check_together
 
     layout = layout_named(settings["layout"])
@@ -138,7 +138,7 @@ def _identity(
     settings: Mapping[str, Any], subjects: Sequence[Subject], methods: Sequence[Method], sampling: Mapping[str, Any], *, dtype: str, copies: int
 ) -> dict[str, Any]:
     """What the pictures depend on; a folder holds pictures of one such set. Files of prompts, features and methods count by what they hold."""
-    from accel.evals.artists import prompts_hash
+    from accel.evals.drawing.artists import prompts_hash
 
     kept = {key: settings[key] for key in ("model", "tokenizer", "text_encoder", "layout", "seed") if settings[key] is not None}
     if settings["features"] is not None:
@@ -158,7 +158,7 @@ def _draw(
     from tqdm import tqdm
 
     import accel
-    from accel.evals.artists import load_found, make_artist
+    from accel.evals.drawing.artists import load_found, make_artist
 
     model = load_found(found, dtype=dtype, device=settings["device"])
     encode = None if found.draws_classes else _encode(settings, folder.plan.subjects, model, dtype)
@@ -178,7 +178,7 @@ def _draw(
 
 def _encode(settings: Mapping[str, Any], subjects: Sequence[Subject], model: Any, dtype: str) -> Encode:
     """Where the features of the prompts come from."""
-    from accel.evals.artists import encoder_of, features_of
+    from accel.evals.drawing.artists import encoder_of, features_of
     from accel.evals.models import torch_dtype
 
     if settings["features"]:

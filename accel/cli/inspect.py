@@ -85,7 +85,7 @@ def _found(args: argparse.Namespace, loaded: LoadedModel, methods: Sequence[Meth
         "notices": [] if methods or args.image else [_nothing_shown(is_drawing)],
     }
     if args.image:
-        from accel.evals.gallery import inspect_attention, inspect_picture
+        from accel.evals.pictures.gallery import inspect_attention, inspect_picture
 
         if args.attention:
             result["attention"] = inspect_attention(loaded, args.image, args.question)
@@ -260,8 +260,8 @@ def map_heads(loaded: LoadedModel, method: Method, prompt: Any, n_heads: int, re
 def print_result(result: dict[str, Any]) -> None:
     """Facts, layers, densities and what was kept on stdout."""
     from accel.cli.table import print_table
-    from accel.evals.report_pictures import attention_table
-    from accel.evals.report_sections import layer_table, maps_table
+    from accel.evals.report.pictures import attention_table
+    from accel.evals.report.sections import layer_table, maps_table
 
     width = max(len(name) for name in result["facts"])
     print("\n".join(f"{name:<{width}}  {value}" for name, value in result["facts"].items()), end="\n\n")

@@ -148,7 +148,7 @@ def free_folder(command: str, out: str | None, *, may_hold: Collection[str] = ()
 
     So is a run that could not write its reports in the end: AccelError names the missing packages before anything is measured.
     """
-    from accel.evals.report import require_packages
+    from accel.evals.report.page import require_packages
 
     require_packages()
     folder = Path(out) if out else Path("runs") / f"{datetime.now():%Y-%m-%d-%H%M%S}-{command}"
@@ -161,7 +161,7 @@ def finish_run(folder: Path, result: Mapping[str, Any]) -> None:
     """Writes config.yaml, result.json and both reports, and says where on stderr."""
     import yaml
 
-    from accel.evals.report import write_reports
+    from accel.evals.report.page import write_reports
 
     (folder / "config.yaml").write_text(yaml.safe_dump(dict(result["config"]), sort_keys=False, allow_unicode=True), encoding="utf-8")
     (folder / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from accel.evals.controls import Control
     from accel.evals.models import LoadedModel
     from accel.evals.results import RunFolder, SampleKey, SampleRecord
-    from accel.evals.visual_layers import Prices
+    from accel.evals.summary.visual_layers import Prices
     from accel.protocols import Method
 
 HELP = "accuracy of methods on text or pictures, beside dense and controls of equal budget; can be resumed"
@@ -239,7 +239,7 @@ def _run(
     from accel.evals.controls import plan_controls
     from accel.evals.models import load_model, reads_ahead
     from accel.evals.parallel import join_team, launcher_trap
-    from accel.evals.report import require_packages
+    from accel.evals.report.page import require_packages
     from accel.evals.results import LOCK, MACHINE, SAMPLES, RunFolder
     from accel.evals.runner import check_run, model_info, require_batches, require_kinds, require_samples, run_accuracy, wanted_samples
 
@@ -311,8 +311,8 @@ def _config(
     dtype: str,
 ) -> dict[str, Any]:  # fmt: skip
     """What a run folder keeps, so that it can be repeated, and refuses to be resumed with anything else."""
-    from accel.evals.cache_summary import cache_settings
     from accel.evals.controls import reference_label
+    from accel.evals.summary.caches import cache_settings
 
     plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in variants.items()}
     config: dict[str, Any] = {
@@ -332,11 +332,11 @@ def _finish(
     settings: Mapping[str, Any], notices: Sequence[str], *, dtype_reason: str,
 ) -> int:  # fmt: skip
     """Writes the result and the reports and prints the tables; 0 when all wanted samples are there."""
-    from accel.evals.cache_summary import cache_notices
-    from accel.evals.drawn_summary import summarise_drawn
-    from accel.evals.run_summary import summarise_run
     from accel.evals.runner import head_rows, rows_of
-    from accel.evals.summary import answer_rows
+    from accel.evals.summary.caches import cache_notices
+    from accel.evals.summary.drawn import summarise_drawn
+    from accel.evals.summary.run import summarise_run
+    from accel.evals.summary.scores import answer_rows
 
     rows = rows_of(folder, wanted)
     n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
@@ -413,7 +413,7 @@ def _pictures(
     loaded: LoadedModel, records: Sequence[SampleRecord], variants: Mapping[str, Sequence[Method]], controls: Sequence[Control]
 ) -> dict[str, Any]:
     """What the result says of questions about pictures; empty without such questions."""
-    from accel.evals.picture_summary import summarise_pictures
+    from accel.evals.summary.pictures import summarise_pictures
 
     return summarise_pictures(records, list(variants), controls, _prices(loaded))
 
@@ -423,11 +423,11 @@ def _draw(
     variants: Mapping[str, Sequence[Method]], controls: Sequence[Control], done: Sequence[SampleRecord],
 ) -> None:  # fmt: skip
     """Adds pictures to the finished result, and writes the reports whether or not that works."""
-    from accel.evals.album import draw_grids
-    from accel.evals.drawn import image_model
-    from accel.evals.gallery import run_gallery
-    from accel.evals.report import write_reports
-    from accel.evals.run_summary import map_heads
+    from accel.evals.drawing.album import draw_grids
+    from accel.evals.drawing.judged import image_model
+    from accel.evals.pictures.gallery import run_gallery
+    from accel.evals.report.page import write_reports
+    from accel.evals.summary.run import map_heads
 
     try:
         passing = [gate["task"] for gate in sections.get("gates", []) if gate["passes"]]
@@ -444,8 +444,8 @@ def _draw(
 
 def _prices(loaded: LoadedModel) -> Prices | None:
     """What a token costs in this model, or None where the arithmetic does not describe it."""
-    from accel.evals.visual_cost import DecoderShape
-    from accel.evals.visual_layers import Prices
+    from accel.evals.summary.visual_layers import Prices
+    from accel.evals.visual_bench.cost import DecoderShape
 
     try:
         return Prices(DecoderShape.from_config(loaded.model.config), loaded.model.dtype.itemsize)
@@ -459,7 +459,7 @@ def _report(
     dtype_reason: str, n_missing: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes result.json, prints the tables and the notices, and returns all sections of the result. extra: some of them, `notices` among them."""
-    from accel.evals.report_drawn import drawn_notices
+    from accel.evals.report.drawn import drawn_notices
 
     head = describe_run("run", f"{loaded.name}: accuracy beside dense and controls", loaded, settings, dtype_reason=dtype_reason)
     sections = {key: value for key, value in head.items() if key not in ("schema", "config")}
@@ -476,12 +476,12 @@ def _report(
 def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
     """The tables on stdout: text first, then pictures."""
     from accel.cli.table import print_table
-    from accel.evals.report_comparisons import comparison_table
-    from accel.evals.report_drawn import drawn_sections
-    from accel.evals.report_overview import overview_table
-    from accel.evals.report_pictures import gate_table, headline, keep_table, savings_table, text_scores
-    from accel.evals.report_sections import accuracy_table
-    from accel.evals.summary import BASELINE
+    from accel.evals.report.comparisons import comparison_table
+    from accel.evals.report.drawn import drawn_sections
+    from accel.evals.report.overview import overview_table
+    from accel.evals.report.pictures import gate_table, headline, keep_table, savings_table, text_scores
+    from accel.evals.report.sections import accuracy_table
+    from accel.evals.summary.scores import BASELINE
 
     scores = text_scores({"scores": rows})
     tables = [accuracy_table(scores)] if scores else []
@@ -503,7 +503,7 @@ def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
 
 def _picture_notices(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[str]:
     """Tasks that failed the gate, and prompts that were not pruned as asked."""
-    from accel.evals.picture_summary import left_out, unfinished
+    from accel.evals.summary.pictures import left_out, unfinished
 
     notes = dict.fromkeys(f"{row['label']}: {row['note']}" for row in rows if row["kind"] == "picture" and row["note"])
     return [*left_out(extra.get("gates", [])), *unfinished(extra.get("means", [])), *notes]

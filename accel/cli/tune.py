@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from accel.cli.measuring import check_model, choose_dtype, load, merge_settings, print_settings, require_least, settle_threads
 from accel.cli.options import add_machine_arguments, add_settings_arguments
 from accel.errors import OptionError
-from accel.tune import ACCURACY_AT_LATENCY
+from accel.tune.search import ACCURACY_AT_LATENCY
 
 if TYPE_CHECKING:
     from accel.evals.models import LoadedModel
     from accel.protocols import Calibration, Method
-    from accel.tune_front import FrontResult
+    from accel.tune.front import FrontResult
 
 HELP = "calibration: from which length a method pays here, or its best options; writes a recipe"
 
@@ -153,7 +153,7 @@ def _list_all() -> int:
 def _list_one(name: str) -> int:
     """The options of one method that can be searched, and what for."""
     from accel.registry import method_class
-    from accel.tune import crossover_hint, tunable_options
+    from accel.tune.search import crossover_hint, tunable_options
 
     options, objectives, calibration = tunable_options(name), list(method_class(name).objectives()), method_class(name).calibration()
     print("\n".join([f"{name}: {'options to search' if options else 'nothing to search'}", *(f"  {line}" for line in options)]))
@@ -170,7 +170,7 @@ def _crossover(settings: Mapping[str, Any]) -> int:
     from accel.crossover import DEFAULT_TOKENS, NEVER_TOKENS, crossover_key, record_crossover
     from accel.patching import host_for
     from accel.protocols import SparseAttention
-    from accel.tune_crossover import crossover_recipe, measure_crossover
+    from accel.tune.crossover import crossover_recipe, measure_crossover
 
     method = parse_method(settings["method"])
     if not isinstance(method, SparseAttention):
@@ -202,7 +202,7 @@ def _given(text: str, method: Method) -> dict[str, Any]:
 
 def _search(method: Method, given: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
     """Runs or resumes a search. Options given with the method's name stay as they are."""
-    from accel.tune import objective_named, tune
+    from accel.tune.search import objective_named, tune
 
     name, data = method.method_name(), settings["data"]
     objective = objective_named(name, settings["objective"])
@@ -226,11 +226,11 @@ def _trade_off(method: Method, given: Mapping[str, Any], settings: Mapping[str, 
     """Runs or resumes a search for accuracy against latency, and reports it. 1 where none came within the margin, or dense answers nothing."""
     from accel.cli.measuring import describe_run, finish_run
     from accel.cli.options import parse_lengths, split_items
-    from accel.evals.report import require_packages
+    from accel.evals.report.page import require_packages
     from accel.evals.runner import check_run
     from accel.evals.tasks import expand_names, load_task
     from accel.evals.trade_off import TRIED, TradeOff, require_answers, tuning_result
-    from accel.tune_front import check_margin, parse_search, search_space, tune_front
+    from accel.tune.front import check_margin, parse_search, search_space, tune_front
 
     require_packages()
     name, tasks, lengths = method.method_name(), expand_names(split_items(settings["tasks"])), parse_lengths(settings["lengths"])
@@ -265,7 +265,7 @@ def _trade_off(method: Method, given: Mapping[str, Any], settings: Mapping[str, 
 
 def _print_trials(result: Mapping[str, Any]) -> None:
     from accel.cli.table import print_table
-    from accel.evals.report_trials import trial_table
+    from accel.evals.report.trials import trial_table
 
     table = trial_table(result["trials"])
     print_table(table.headers, table.rows, title="Trials, the fastest first", text_columns=table.text_columns)

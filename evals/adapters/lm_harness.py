@@ -21,7 +21,7 @@ from accel.errors import AccelError, OptionError, UnsupportedError
 from accel.evals.adapters.applied import Applied, read_methods
 from accel.evals.decoder_cache import is_compressing
 from accel.evals.models import embedded_names, load_model, reads_ahead
-from accel.evals.scoring import decode, prefill, token_log_probs
+from accel.evals.scoring.single import decode, prefill, token_log_probs
 
 logger = logging.getLogger("accel")
 # the text of a request for lm-eval's cache, its context and its continuation as tokens

@@ -200,7 +200,7 @@ def prepared(model: Any, dtype: torch.dtype | None, device: str) -> Any:
 
 def _load_drawing(path: str, dtype: torch.dtype, device: str) -> LoadedImageModel:
     """A VAR or Infinity that `save_pretrained` has written, drawing with the defaults of its `generate`; nothing here can judge its pictures."""
-    from accel.evals.artists import find_model
+    from accel.evals.drawing.artists import find_model
 
     model = find_model(path).load(dtype, device)
     n_classes = getattr(model.config, "num_classes", 0)

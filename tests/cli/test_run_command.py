@@ -368,7 +368,7 @@ def test_a_report_that_cannot_be_written_fails_the_run_without_a_traceback(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "report.html")
 
-    monkeypatch.setattr("accel.evals.report.write_reports", full)
+    monkeypatch.setattr("accel.evals.report.page.write_reports", full)
     assert run(model, "--controls", "none", "--out", str(tmp_path / "r")) == 2
     said = capsys.readouterr().err
     assert "No space left on device: 'report.html'" in said
@@ -416,7 +416,7 @@ def test_a_failing_gallery_does_not_cost_the_results(tmp_path: Path, monkeypatch
     def fail(*_: Any) -> None:
         raise RuntimeError("no memory for pictures")
 
-    monkeypatch.setattr("accel.evals.gallery.watch_reply", lambda *_, **__: fail())
+    monkeypatch.setattr("accel.evals.pictures.gallery.watch_reply", lambda *_, **__: fail())
     with pytest.raises(RuntimeError, match="no memory for pictures"):
         main([*PICTURES, "--samples", "2", "--controls", "none", "--out", str(tmp_path)])
     assert len(json.loads((tmp_path / "result.json").read_text())["means"]) == 3

@@ -63,7 +63,7 @@ def test_a_failure_while_pictures_are_drawn_loses_nothing_and_the_next_run_only_
         raise RuntimeError("no memory for pictures")
 
     with monkeypatch.context() as patch:
-        patch.setattr("accel.evals.album.draw_grids", fail)
+        patch.setattr("accel.evals.drawing.album.draw_grids", fail)
         with pytest.raises(RuntimeError, match="no memory for pictures"):
             main([*WORDS, "--samples", "2", "--out", str(out)])
     first, samples = json.loads((out / "result.json").read_text()), (out / "samples.jsonl").read_text()

@@ -48,8 +48,8 @@ def test_a_search_on_pictures_writes_a_recipe_that_can_be_applied(asked: Path, t
     recipe = Recipe.load(out / "recipe.yaml")
     assert all(word in recipe.note for word in ("information_flow", "small-vlm", "asked.jsonl", "3 samples"))
 
-    from accel.evals.information_flow import information_flow, prepare
     from accel.evals.models import load_model
+    from accel.evals.pictures.information_flow import information_flow, prepare
 
     loaded = load_model("small-vlm")
     [method] = recipe.methods

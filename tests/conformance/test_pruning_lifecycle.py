@@ -189,7 +189,7 @@ def test_an_offloaded_cache_is_refused() -> None:
 
 
 def test_a_text_model_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="vision"):
+    with pytest.raises(UnsupportedError, match="sees no pictures"):
         accel.apply(subject("llama").model, FRONT)
 
 

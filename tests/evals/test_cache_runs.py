@@ -9,15 +9,15 @@ import pytest
 from tiny_llama import byte_tokenizer, tiny_model
 
 from accel.errors import AccelError
-from accel.evals.cache_summary import ASKED_APART, cache_notices, cache_settings
 from accel.evals.controls import plan_controls, swept
 from accel.evals.models import LoadedModel
-from accel.evals.report_cache import cache_figures, series_of
-from accel.evals.report_comparisons import comparison_table
-from accel.evals.report_sections import accuracy_table
+from accel.evals.report.caches import cache_figures, series_of
+from accel.evals.report.comparisons import comparison_table
+from accel.evals.report.sections import accuracy_table
 from accel.evals.results import RunFolder
 from accel.evals.runner import run_accuracy
-from accel.evals.significance import compared, planned_pairs
+from accel.evals.summary.caches import ASKED_APART, cache_notices, cache_settings
+from accel.evals.summary.significance import compared, planned_pairs
 from accel.registry import build
 
 TOKENS = 1024

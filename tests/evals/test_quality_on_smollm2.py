@@ -10,7 +10,7 @@ import pytest
 import accel
 from accel.errors import AccelError
 from accel.evals.models import LoadedModel, load_model
-from accel.evals.scoring import Scored, score
+from accel.evals.scoring.single import Scored, score
 from accel.evals.tasks import Sample, load_text_task
 from accel.protocols import Method
 from accel.stats import Stats

@@ -17,7 +17,7 @@ import yaml
 
 from accel.errors import AccelError
 from accel.evals.results import RunFolder, SampleKey, SampleRecord, environment
-from accel.evals.summary import answer_rows, summarise
+from accel.evals.summary.scores import answer_rows, summarise
 
 CONFIG = {"model": "tiny", "seed": 0, "samples": 2, "methods": {"a": [{"streaming": {"density": 0.5}}]}}
 

@@ -19,7 +19,7 @@ from accel.evals.models import LoadedModel
 from accel.evals.parallel import Team
 from accel.evals.results import MEASURED, RunFolder
 from accel.evals.runner import model_info, run_accuracy, wanted_samples
-from accel.evals.scoring import Scored
+from accel.evals.scoring.single import Scored
 from accel.evals.tasks import load_text_task
 from accel.registry import build
 

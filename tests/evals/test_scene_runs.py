@@ -14,9 +14,12 @@ from tiny_llama import byte_tokenizer, tiny_model
 import accel
 from accel.errors import AccelError, OptionError
 from accel.evals.controls import build_control, keep_of, plan_controls, swept
-from accel.evals.gallery import run_gallery
 from accel.evals.models import LoadedModel, LoadedVisionModel, load_model
-from accel.evals.picture_summary import (
+from accel.evals.pictures.gallery import run_gallery
+from accel.evals.pictures.questions import ask, is_right, prompt_of
+from accel.evals.results import MEASURED, RunFolder, SampleRecord
+from accel.evals.runner import model_info, run_accuracy, wanted_samples
+from accel.evals.summary.pictures import (
     FEW,
     FEWEST_PICTURES,
     bootstrap,
@@ -28,10 +31,7 @@ from accel.evals.picture_summary import (
     summarise_pictures,
     unfinished,
 )
-from accel.evals.pictures import ask, is_right, prompt_of
-from accel.evals.results import MEASURED, RunFolder, SampleRecord
-from accel.evals.runner import model_info, run_accuracy, wanted_samples
-from accel.evals.summary import summarise
+from accel.evals.summary.scores import summarise
 from accel.evals.tasks import PictureTask, load_task
 from accel.registry import build
 
@@ -206,7 +206,7 @@ def test_prompts_follow_the_template_then_the_model_then_the_placeholder(loaded:
 def test_a_begin_token_that_the_template_wrote_is_not_doubled(loaded: LoadedModel) -> None:
     from PIL import Image
 
-    from accel.evals.pictures import inputs_of
+    from accel.evals.pictures.questions import inputs_of
 
     assert isinstance(loaded, LoadedVisionModel)
     picture = Image.new("RGB", (192, 192))
@@ -300,7 +300,7 @@ def test_the_gate_is_passed_at_twenty_points(records: list[SampleRecord], monkey
     assert isinstance(task, PictureTask)
     # 0.1 + 0.2 is a rounding above 0.3
     found = replace(task, baselines=lambda numbers, seed: {"no image": 0.1})
-    monkeypatch.setattr("accel.evals.picture_summary.load_task", lambda name: found)
+    monkeypatch.setattr("accel.evals.summary.pictures.load_task", lambda name: found)
     dense = [replace(of(records, "dense")[0], sample=i, exact=float(i < 3)) for i in range(10)]
     assert gate_rows(dense)[0]["passes"]
     assert "decided on 1 question per task" in left_out(gate_rows(dense[:1]))[-1]
@@ -460,7 +460,7 @@ def test_an_overlay_lies_on_what_the_encoder_saw(loaded: LoadedModel) -> None:
     import numpy as np
     from PIL import Image
 
-    from accel.evals.pictures import inputs_of, picture_of, seen_picture
+    from accel.evals.pictures.questions import inputs_of, picture_of, seen_picture
 
     assert isinstance(loaded, LoadedVisionModel)
     task = load_task("scene_color")

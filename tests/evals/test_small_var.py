@@ -17,7 +17,7 @@ from accel.evals.models.small_var import training
 from accel.evals.models.small_var.architecture import CODES, SIDES, new_model
 from accel.evals.models.small_var.drawings import CLASSES, drawings
 from accel.evals.models.small_var.load import WEIGHTS
-from accel.evals.pictures import vision_model
+from accel.evals.pictures.questions import vision_model
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_small_var.py"
 

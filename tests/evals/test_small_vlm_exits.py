@@ -11,7 +11,7 @@ import accel
 from accel.evals.models.small_vlm import exits
 from accel.evals.models.small_vlm.exits import Outcome
 from accel.evals.scenes import held_out
-from accel.evals.visual_cost import DecoderShape, prefill_flops
+from accel.evals.visual_bench.cost import DecoderShape, prefill_flops
 from accel.patches._routers import read_header
 from accel.patches.dyvte import DyVTE
 from accel.recipe import Recipe

@@ -12,8 +12,8 @@ import torch
 
 from accel.evals import timing
 from accel.evals.results import SampleRecord
+from accel.evals.summary.times import prefills_of, timings_of
 from accel.evals.timing import Lap, Stopwatch, Times, energy_counter
-from accel.evals.timing_summary import prefills_of, timings_of
 
 GPU = torch.device("cuda:1")
 

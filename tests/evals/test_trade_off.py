@@ -14,7 +14,7 @@ from accel.cli.main import main
 from accel.evals.results import SampleRecord
 from accel.evals.trade_off import TradeOff, time_share, tuning_result
 from accel.registry import build
-from accel.tune_front import FrontResult, Measured
+from accel.tune.front import FrontResult, Measured
 
 pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")

@@ -10,7 +10,7 @@ import torch
 
 from accel.cli.main import main
 from accel.errors import AccelError, OptionError
-from accel.evals.artists import find_model, save_features
+from accel.evals.drawing.artists import find_model, save_features
 from accel.models.infinity import TextFeatures
 
 pytest.importorskip("PIL")

@@ -453,7 +453,7 @@ def test_a_folder_of_another_table_is_refused(small_vlm: Any, tmp_path: Path) ->
 
 
 def test_a_table_holds_what_a_router_is_given_and_what_an_exit_does(small_vlm: Any) -> None:
-    from accel.evals.pictures import inputs_of, prompt_of
+    from accel.evals.pictures.questions import inputs_of, prompt_of
 
     asked = _dyvte_table.questions("scenes", 6, 0)
     found = _dyvte_table.measure(small_vlm, asked, (1, 6))

@@ -22,9 +22,9 @@ import accel
 from accel.evals.latency import quiet_notices
 from accel.evals.models import LoadedVisionModel, load_model
 from accel.evals.models.small_vlm.measure import percent
-from accel.evals.pictures import picture_of, prompt_of, vision_model
+from accel.evals.pictures.questions import picture_of, prompt_of, vision_model
 from accel.evals.scenes import FAMILIES, Item, held_out
-from accel.evals.visual_cost import DecoderShape, prefill_flops
+from accel.evals.visual_bench.cost import DecoderShape, prefill_flops
 from accel.patches._dyvte_training import RouterTraining, train_routers
 from accel.protocols import Method
 from accel.recipe import Recipe

@@ -10,7 +10,7 @@ from accel.protocols import Method, TokenPruning
 from accel.recipe import Recipe
 
 KEY = "accel"
-WORKER = "accel.patches.hosts.vllm.worker.AccelWorker"
+WORKER = "accel.patches.hosts.vllm.extension.AccelWorker"
 
 
 def engine_options(methods: Sequence[Method], given: Mapping[str, Any], architecture: str | None) -> dict[str, Any]:

@@ -6,10 +6,6 @@ from typing import Any
 
 from accel.patches.hosts.vllm.attention.eligible import note_foreign_layers
 from accel.patches.hosts.vllm.engine import engine_of
-from accel.patches.hosts.vllm.plugin import stand_in_front
-
-# vLLM imports this file for the workers of an engine that asks, before they build their model, and for no other
-stand_in_front()
 
 
 class AccelWorker:

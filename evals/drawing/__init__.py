@@ -1,0 +1,1 @@
+"""Models that draw: their pictures judged, kept, and exported to public metric scripts."""

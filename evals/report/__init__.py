@@ -1,0 +1,1 @@
+"""Reports of a run: the same sections as markdown, HTML and text."""

@@ -1,0 +1,1 @@
+"""What dropping visual tokens saves, on random weights of known shapes: `python -m accel.evals.visual_bench`."""

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +33,13 @@ from accel.cli.options import (
     read_variants,
     split_items,
 )
+from accel.cli.run_result import finish, go_on
 from accel.errors import AccelError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
-    from accel.evals.controls import Control
     from accel.evals.models import LoadedModel
-    from accel.evals.results import RunFolder, SampleKey, SampleRecord
-    from accel.evals.summary.visual_layers import Prices
+    from accel.evals.parallel import Team
+    from accel.evals.results import RunFolder
     from accel.protocols import Method
 
 HELP = "accuracy of methods on text or pictures, beside dense and controls of equal budget; can be resumed"
@@ -135,7 +136,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_settings(settings)
         return 0
-    return _run(settings, variants, tasks, lengths, controls, earlier)
+    return _run(settings, _Asked(variants, list(tasks), lengths, controls), earlier)
 
 
 def _usual_samples(tasks: Sequence[str]) -> int:
@@ -230,18 +231,21 @@ def _variants(settings: dict[str, Any], earlier: Mapping[str, Any], *, usual: st
         raise OptionError(f"{error}: add one, such as --method {COMPRESSION if is_drawing else PRUNING}") from error
 
 
-def _run(
-    settings: Mapping[str, Any], variants: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], controls: Sequence[str],
-    earlier: Mapping[str, Any],
-) -> int:  # fmt: skip
+@dataclass(frozen=True)
+class _Asked:
+    """What is measured: methods by label, names of tasks, lengths of text prompts in tokens, names of controls."""
+
+    variants: dict[str, list[Method]]
+    tasks: list[str]
+    lengths: list[int]
+    controls: list[str]
+
+
+def _run(settings: Mapping[str, Any], asked: _Asked, earlier: Mapping[str, Any]) -> int:
     """Measures what is missing, shared out among the processes of a launcher; the first of them puts it together and reports."""
-    from accel.cli.bench import check_variants
-    from accel.evals.controls import plan_controls
-    from accel.evals.models import load_model, reads_ahead
     from accel.evals.parallel import join_team, launcher_trap
     from accel.evals.report.page import require_packages
-    from accel.evals.results import LOCK, MACHINE, SAMPLES, RunFolder
-    from accel.evals.runner import check_run, model_info, require_batches, require_kinds, require_samples, run_accuracy, wanted_samples
+    from accel.evals.runner import run_accuracy
 
     require_packages("scipy")
     team = join_team(settings["device"])
@@ -252,52 +256,104 @@ def _run(
     dtype, reason = choose_dtype(settings["dtype"], device)
     if dtype == earlier.get("dtype"):
         reason = "as the run's config.yaml says"
-    config = _config(variants, tasks, lengths, controls, settings, dtype=dtype)
-    changes = _changes(earlier, config, settings)
+    config = _config(asked, settings, dtype=dtype)
     # what is wrong without the model is told before it is loaded, and what is wrong with it before a folder is made
-    if settings["out"]:
-        RunFolder.check(settings["out"], config, resume=bool(settings["resume"]))
-    tell(changes)
-    may_hold = ("config.yaml", SAMPLES, MACHINE, LOCK)
-    path = team.agree(Path(settings["out"]) if settings["resume"] else free_folder("run", settings["out"], may_hold=may_hold))
-    RunFolder.check(path, config, resume=bool(settings["resume"]))
-    plan_controls(controls, variants)
-    require_batches(variants, tasks, controls, settings["batch_size"])
-    if (kinds := reads_ahead(settings["model"])) is not None:
-        require_kinds(settings["model"], kinds, tasks)
+    path = _agreed_folder(settings, config, earlier, team, tell)
+    _check_without_model(settings, asked)
     tell(f"results: {path}; loading {settings['model']} in {dtype} ({reason})")
-    loaded = load_model(settings["model"], dtype=dtype, device=device)
-    own_data = _own_data_notices(tasks, lengths, settings["samples"])
-    tell("\n".join(own_data))
-    notices = [*own_data, *check_variants(loaded.model, variants)]
-    check_run(loaded, variants, tasks, lengths, settings["samples"], controls=controls, batch_size=settings["batch_size"])
-    require_samples(loaded, tasks, lengths, settings["samples"], settings["seed"])
-    # all have looked at the folder as it was before it is made, and read it before one of them adds to it
-    team.wait()
-    folder = RunFolder.create(path, config, resume=bool(settings["resume"])) if team.is_main else None
-    team.wait()
-    if folder is not None:
-        notices += folder.changes_since_begun(_machine(loaded))
-    folder = folder or RunFolder.join(path, config, part=team.index)
-    team.wait()
+    loaded, notices = _load(settings, asked, dtype, device, tell)
+    folder, changes = _open_folder(path, config, team, loaded, resume=bool(settings["resume"]))
     with _saying_what_is_saved(folder, tell):
         run_accuracy(
-            loaded, variants, tasks, lengths, n=settings["samples"], seed=settings["seed"], folder=folder, controls=controls, limit=settings["limit"],
-            shares_prefill=bool(settings["shared_prefill"]), batch_size=settings["batch_size"], warmup=settings["warmup"], team=team,
+            loaded, asked.variants, asked.tasks, asked.lengths, n=settings["samples"], seed=settings["seed"], folder=folder, controls=asked.controls,
+            limit=settings["limit"], shares_prefill=bool(settings["shared_prefill"]), batch_size=settings["batch_size"], warmup=settings["warmup"],
+            team=team,
         )  # fmt: skip
         team.wait()
         team.leave()
         if not team.is_main:
             return 0
-        planned = plan_controls(controls, variants, model_info(loaded))
-        wanted = wanted_samples(variants, tasks, lengths, n=settings["samples"], controls=planned, batch_size=settings["batch_size"])
-        folder.collect(wanted)
-        if team.size > 1:
-            shared = ", which share the processor, and times are those of that" if device == "cpu" else ""
-            notices.append(f"Measured by {team.size} processes at once{shared}.")
-        if settings["batch_size"] > 1:
-            notices.append(f"Prompts were read in batches of {settings['batch_size']}: prefill times, memory and densities are those of a batch.")
-        return _finish(loaded, folder, wanted, planned, variants, settings, notices, dtype_reason=reason)
+        notices += [*changes, *_time_notices(team.size, settings["batch_size"], device)]
+        return _finish(loaded, folder, asked, settings, notices, dtype_reason=reason)
+
+
+def _agreed_folder(settings: Mapping[str, Any], config: Mapping[str, Any], earlier: Mapping[str, Any], team: Team, tell: _Teller) -> Path:
+    """The folder that all processes write to; OptionError or AccelError where it holds what this run cannot go on with."""
+    from accel.evals.results import LOCK, MACHINE, SAMPLES, RunFolder
+
+    resume = bool(settings["resume"])
+    changes = _changes(earlier, config, settings)
+    if settings["out"]:
+        RunFolder.check(settings["out"], config, resume=resume)
+    tell(changes)
+    may_hold = ("config.yaml", SAMPLES, MACHINE, LOCK)
+    path: Path = team.agree(Path(settings["out"]) if resume else free_folder("run", settings["out"], may_hold=may_hold))
+    RunFolder.check(path, config, resume=resume)
+    return path
+
+
+def _check_without_model(settings: Mapping[str, Any], asked: _Asked) -> None:
+    from accel.evals.controls import plan_controls
+    from accel.evals.models import reads_ahead
+    from accel.evals.runner import require_batches, require_kinds
+
+    plan_controls(asked.controls, asked.variants)
+    require_batches(asked.variants, asked.tasks, asked.controls, settings["batch_size"])
+    if (kinds := reads_ahead(settings["model"])) is not None:
+        require_kinds(settings["model"], kinds, asked.tasks)
+
+
+def _load(settings: Mapping[str, Any], asked: _Asked, dtype: str, device: str, tell: _Teller) -> tuple[LoadedModel, list[str]]:
+    """The model, and what a reader must know of it and the methods on it. Raises where it cannot do what was asked."""
+    from accel.cli.bench import check_variants
+    from accel.evals.models import load_model
+    from accel.evals.runner import check_run, require_samples
+
+    loaded = load_model(settings["model"], dtype=dtype, device=device)
+    own_data = _own_data_notices(asked.tasks, asked.lengths, settings["samples"])
+    tell("\n".join(own_data))
+    notices = [*own_data, *check_variants(loaded.model, asked.variants)]
+    check_run(loaded, asked.variants, asked.tasks, asked.lengths, settings["samples"], controls=asked.controls, batch_size=settings["batch_size"])
+    require_samples(loaded, asked.tasks, asked.lengths, settings["samples"], settings["seed"])
+    return loaded, notices
+
+
+def _open_folder(path: Path, config: Mapping[str, Any], team: Team, loaded: LoadedModel, *, resume: bool) -> tuple[RunFolder, list[str]]:
+    """This process's view of the run folder, and how the machine differs from the one that the run was begun on."""
+    from accel.evals.results import RunFolder
+
+    # all have looked at the folder as it was before it is made, and read it before one of them adds to it
+    team.wait()
+    folder = RunFolder.create(path, config, resume=resume) if team.is_main else None
+    team.wait()
+    changes = [] if folder is None else folder.changes_since_begun(_machine(loaded))
+    folder = folder or RunFolder.join(path, config, part=team.index)
+    team.wait()
+    return folder, changes
+
+
+def _time_notices(n_processes: int, batch_size: int, device: str) -> list[str]:
+    """What a reader must know of the times."""
+    notices = []
+    if n_processes > 1:
+        shared = ", which share the processor, and times are those of that" if device == "cpu" else ""
+        notices.append(f"Measured by {n_processes} processes at once{shared}.")
+    if batch_size > 1:
+        notices.append(f"Prompts were read in batches of {batch_size}: prefill times, memory and densities are those of a batch.")
+    return notices
+
+
+def _finish(
+    loaded: LoadedModel, folder: RunFolder, asked: _Asked, settings: Mapping[str, Any], notices: Sequence[str], *, dtype_reason: str
+) -> int:
+    """Collects what all processes have measured, and reports it."""
+    from accel.evals.controls import plan_controls
+    from accel.evals.runner import model_info, wanted_samples
+
+    planned = plan_controls(asked.controls, asked.variants, model_info(loaded))
+    wanted = wanted_samples(asked.variants, asked.tasks, asked.lengths, n=settings["samples"], controls=planned, batch_size=settings["batch_size"])
+    folder.collect(wanted)
+    return finish(loaded, folder, wanted, planned, asked.variants, settings, notices, dtype_reason=dtype_reason)
 
 
 def _machine(loaded: LoadedModel) -> dict[str, str | None]:
@@ -306,53 +362,22 @@ def _machine(loaded: LoadedModel) -> dict[str, str | None]:
     return {"device": head["device"], **{key: head["env"].get(key) for key in ("accel", "git", "python", "torch", "transformers", "triton")}}
 
 
-def _config(
-    variants: Mapping[str, Sequence[Method]], tasks: Sequence[str], lengths: Sequence[int], controls: Sequence[str], settings: Mapping[str, Any], *,
-    dtype: str,
-) -> dict[str, Any]:  # fmt: skip
+def _config(asked: _Asked, settings: Mapping[str, Any], *, dtype: str) -> dict[str, Any]:
     """What a run folder keeps, so that it can be repeated, and refuses to be resumed with anything else."""
     from accel.evals.controls import reference_label
     from accel.evals.summary.caches import cache_settings
 
-    plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in variants.items()}
+    plain = {label: [{m.method_name(): m.changed_options()} for m in methods] for label, methods in asked.variants.items()}
     config: dict[str, Any] = {
-        "command": "run", **{key: settings[key] for key in ("model", "device", "seed", "samples")}, "dtype": dtype, "tasks": list(tasks),
+        "command": "run", **{key: settings[key] for key in ("model", "device", "seed", "samples")}, "dtype": dtype, "tasks": asked.tasks,
         # through JSON: YAML files hold no tuples
-        "lengths": list(lengths), "controls": list(controls), "reference": reference_label(variants), "methods": json.loads(json.dumps(plain)),
-        **({"keeps": parse_keeps(settings["keeps"])} if settings["keeps"] else {}), **cache_settings(variants, tasks, settings),
+        "lengths": asked.lengths, "controls": asked.controls, "reference": reference_label(asked.variants), "methods": json.loads(json.dumps(plain)),
+        **({"keeps": parse_keeps(settings["keeps"])} if settings["keeps"] else {}), **cache_settings(asked.variants, asked.tasks, settings),
         **{key: settings[key] for key in ("threads", "batch_size", "warmup") if settings[key] != DEFAULTS[key]},
     }  # fmt: skip
-    if files := {label: found for label, methods in variants.items() if (found := by_content(methods)) != plain[label]}:
+    if files := {label: found for label, methods in asked.variants.items() if (found := by_content(methods)) != plain[label]}:
         config["files"] = json.loads(json.dumps(files))
     return config
-
-
-def _finish(
-    loaded: LoadedModel, folder: RunFolder, wanted: Sequence[SampleKey], planned: Sequence[Control], variants: Mapping[str, Sequence[Method]],
-    settings: Mapping[str, Any], notices: Sequence[str], *, dtype_reason: str,
-) -> int:  # fmt: skip
-    """Writes the result and the reports and prints the tables; 0 when all wanted samples are there."""
-    from accel.evals.runner import head_rows, rows_of
-    from accel.evals.summary.caches import cache_notices
-    from accel.evals.summary.drawn import summarise_drawn
-    from accel.evals.summary.run import summarise_run
-    from accel.evals.summary.scores import answer_rows
-
-    rows = rows_of(folder, wanted)
-    n_missing = len(wanted) - sum(row["n_prompts"] for row in rows)
-    done = [record for key in wanted if (record := folder.get(key)) is not None]
-    told = [*notices, *cache_notices(folder.config, rows)]
-    if plain := dict.fromkeys(record.task for record in done if record.has_template is False):
-        told.append(f"{loaded.name} has no chat template: the prompts of {', '.join(plain)} are plain text.")
-    extra = {"answers": answer_rows(done), "notices": told, **_pictures(loaded, done, variants, planned)}
-    extra |= summarise_drawn(loaded, done, planned)
-    shares_prefill = bool(folder.config.get("shared_prefill"))
-    extra |= summarise_run(done, rows, list(variants), planned, extra.get("gates", []), shares_prefill=shares_prefill)
-    if heads := head_rows(loaded, variants):
-        extra["heads"] = heads
-    sections = _report(loaded, folder, rows, extra=extra, settings=settings, dtype_reason=dtype_reason, n_missing=n_missing)
-    _draw(loaded, folder, rows, sections, variants, planned, done)
-    return 1 if n_missing else 0
 
 
 class _Teller:
@@ -382,7 +407,7 @@ def _saying_what_is_saved(folder: RunFolder, tell: _Teller) -> Iterator[None]:
     except (KeyboardInterrupt, AccelError, OSError) as error:
         n = folder.n_saved()
         is_asked_wrongly = isinstance(error, OptionError | UnsupportedError)
-        hint = f" Go on with `{_go_on(folder)}`" if n and not is_asked_wrongly else ""
+        hint = f" Go on with `{go_on(folder)}`" if n and not is_asked_wrongly else ""
         tell(f"accel: {n or 'no'} {'sample is' if n < 2 else 'samples are'} saved.{hint}")
         raise
     finally:
@@ -403,121 +428,6 @@ def _changes(earlier: Mapping[str, Any], config: Mapping[str, Any], settings: Ma
         return ""
     told = "; ".join(f"{name} was {earlier[name]}, is {config.get(name, 'none')}" for name in changed)
     return f"accel: the run goes on with other settings ({told}); samples that these leave out stay in its folder and out of its tables"
-
-
-def _go_on(folder: RunFolder) -> str:
-    return f"accel run --out {folder.path} --resume"
-
-
-def _pictures(
-    loaded: LoadedModel, records: Sequence[SampleRecord], variants: Mapping[str, Sequence[Method]], controls: Sequence[Control]
-) -> dict[str, Any]:
-    """What the result says of questions about pictures; empty without such questions."""
-    from accel.evals.summary.pictures import summarise_pictures
-
-    return summarise_pictures(records, list(variants), controls, _prices(loaded))
-
-
-def _draw(
-    loaded: LoadedModel, folder: RunFolder, rows: Sequence[Mapping[str, Any]], sections: Mapping[str, Any],
-    variants: Mapping[str, Sequence[Method]], controls: Sequence[Control], done: Sequence[SampleRecord],
-) -> None:  # fmt: skip
-    """Adds pictures to the finished result, and writes the reports whether or not that works."""
-    from accel.evals.drawing.album import draw_grids
-    from accel.evals.drawing.judged import image_model
-    from accel.evals.pictures.gallery import run_gallery
-    from accel.evals.report.page import write_reports
-    from accel.evals.summary.run import map_heads
-
-    try:
-        passing = [gate["task"] for gate in sections.get("gates", []) if gate["passes"]]
-        pictures = {"overlays": run_gallery(loaded, folder, variants, controls, passing)} if passing else {}
-        if sections.get("drawn"):
-            pictures["grids"] = draw_grids(image_model(loaded), folder, done)
-        config = folder.config
-        pictures |= {"block_maps": maps} if (maps := map_heads(loaded, variants, config["tasks"], config["lengths"], seed=config["seed"])) else {}
-        if pictures:
-            folder.finish(rows, **{**sections, **pictures})
-    finally:
-        print(f"report: {write_reports(folder.path).html}", file=sys.stderr)
-
-
-def _prices(loaded: LoadedModel) -> Prices | None:
-    """What a token costs in this model, or None where the arithmetic does not describe it."""
-    from accel.evals.summary.visual_layers import Prices
-    from accel.evals.visual_bench.cost import DecoderShape
-
-    try:
-        return Prices(DecoderShape.from_config(loaded.model.config), loaded.model.dtype.itemsize)
-    # a config that names its sizes otherwise; a finished run must not fail by it
-    except (UnsupportedError, AttributeError):
-        return None
-
-
-def _report(
-    loaded: LoadedModel, folder: RunFolder, rows: Sequence[Mapping[str, Any]], *, extra: Mapping[str, Any], settings: Mapping[str, Any],
-    dtype_reason: str, n_missing: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Writes result.json, prints the tables and the notices, and returns all sections of the result. extra: some of them, `notices` among them."""
-    from accel.evals.report.drawn import drawn_notices
-
-    head = describe_run("run", f"{loaded.name}: accuracy beside dense and controls", loaded, settings, dtype_reason=dtype_reason)
-    sections = {key: value for key, value in head.items() if key not in ("schema", "config")}
-    missing = f"{n_missing} {'sample is' if n_missing == 1 else 'samples are'} missing: the run stopped at its limit. Go on with `{_go_on(folder)}`."
-    notices = [*extra["notices"], *_picture_notices(rows, extra), *drawn_notices(extra.get("drawn", [])), *([missing] if n_missing else [])]
-    sections |= {**extra, "notices": notices, "limits": _limits(rows), "n_missing": n_missing}
-    folder.finish(rows, **sections)
-    _print(rows, extra)
-    for notice in notices:
-        print(notice)
-    return sections
-
-
-def _print(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> None:
-    """The tables on stdout: text first, then pictures."""
-    from accel.cli.table import print_table
-    from accel.evals.report.comparisons import comparison_table
-    from accel.evals.report.drawn import drawn_sections
-    from accel.evals.report.overview import overview_table
-    from accel.evals.report.pictures import gate_table, headline, keep_table, savings_table, text_scores
-    from accel.evals.report.sections import accuracy_table
-    from accel.evals.summary.scores import BASELINE
-
-    scores = text_scores({"scores": rows})
-    tables = [accuracy_table(scores)] if scores else []
-    tables += [overview] if (overview := overview_table(scores)) else []
-    # the report has all of those with controls; equal bytes of a cache say nothing without them
-    told = [row for row in extra.get("comparisons", []) if row["other"] == BASELINE or row.get("bytes") is not None]
-    tables += [comparison_table(told)] if told else []
-    tables += [table for section in drawn_sections(extra) for table in section.tables]
-    if extra.get("gates"):
-        tables.append(gate_table(extra["gates"]))
-    if extra.get("means"):
-        tables.append(keep_table(extra["means"], rows, extra["gates"]))
-        tables += [saved] if (saved := savings_table(extra["means"])).rows else []
-    for table in tables:
-        print_table(table.headers, table.rows, text_columns=table.text_columns)
-    if extra.get("paired"):
-        print("\n".join(headline(row) for row in extra["paired"]), end="\n\n")
-
-
-def _picture_notices(rows: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> list[str]:
-    """Tasks that failed the gate, and prompts that were not pruned as asked."""
-    from accel.evals.summary.pictures import left_out, unfinished
-
-    notes = dict.fromkeys(f"{row['label']}: {row['note']}" for row in rows if row["kind"] == "picture" and row["note"])
-    return [*left_out(extra.get("gates", [])), *unfinished(extra.get("means", [])), *notes]
-
-
-def _limits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the scores of these tasks cannot show."""
-    from accel.evals.tasks import load_task
-
-    tasks = [load_task(name) for name in dict.fromkeys(row["task"] for row in rows)]
-    found = [task.caveat for task in tasks if task.caveat]
-    if any(row["score"]["name"] == "perplexity" for row in rows):
-        found.append("Scores named perplexity are better when lower, and do not separate sparse methods: read them beside retrieval.")
-    return list(dict.fromkeys(found))
 
 
 def _controls(asked: Any, variants: Mapping[str, Sequence[Method]]) -> list[str]:

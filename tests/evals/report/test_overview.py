@@ -97,7 +97,7 @@ def test_perplexities_alone_have_no_means() -> None:
 
 
 def test_it_stands_in_reports_on_stdout_and_in_comparisons(capsys: pytest.CaptureFixture[str]) -> None:
-    from accel.cli.run import _print
+    from accel.cli.run_result import _print
 
     rows = [{**s, "n": 1, "kind": "text"} for s in scores()]
     [section] = [s for s in sections({"scores": rows}) if s.name == "accuracy"]

@@ -47,7 +47,10 @@ def crossover_key(method: SparseAttention, *, device: str, dtype: str, head_dim:
 
 @cache
 def architecture(device: str) -> str:
-    """`sm_90` for the current NVIDIA GPU, else the device as torch calls it: lengths differ more between GPUs than between processors."""
+    """`sm_90` for the current NVIDIA GPU, else the device as torch calls it: lengths differ more between GPUs than between processors.
+
+    A process whose GPUs are of several architectures goes by the current one.
+    """
     if device != "cuda":
         return device
     import torch

@@ -88,6 +88,8 @@ def host_for(model: Any) -> ModuleType:
     for host in hosts():
         if host.matches(model):
             return host
+    if any(host.matches(getattr(model, "model", None)) for host in hosts()):
+        raise UnsupportedError(f"accel cannot patch an object of type {type(model).__qualname__}; pass its `.model`")
     known = ", ".join(str(host.ACCEPTS) for host in hosts())
     raise UnsupportedError(f"accel cannot patch an object of type {type(model).__module__}.{type(model).__qualname__}; it takes: {known}")
 

@@ -249,6 +249,16 @@ class SparseAttention(Method):
             return "decode"
         return self.why_short(step)
 
+    def why_always_dense(self, model: ModelInfo, tokens: int) -> str | None:
+        """Why a prompt of so many tokens runs dense in every layer, or None."""
+        steps = [
+            AttentionStep(i, model.n_layers, 1, tokens, tokens, model.n_heads, model.n_kv_heads, model.head_dim, model.device, model.dtype)
+            for i in range(model.n_layers)
+        ]
+        reasons = [self.dense_reason(step) for step in steps]
+        # layers that are always dense say nothing about the others
+        return None if None in reasons else max((r for r in reasons if r is not None), key=lambda r: r != "dense layer", default=None)
+
     def why_short(self, step: AttentionStep) -> str | None:
         """Why a call with so few keys runs dense, or None."""
         shortest = max(self.pays_from(step), self.min_useful_len)

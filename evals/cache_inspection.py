@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import accel
-from accel.evals.controls import describe
+from accel.evals.controls import add_variant
 from accel.evals.drawing.album import file_name, in_bytes
 from accel.evals.drawing.judged import image_model
 from accel.evals.latency import quiet_notices
@@ -36,8 +36,9 @@ def inspect_caches(loaded: LoadedModel, folder: Path, methods: Sequence[Method])
     pictures = [_drawn(model, subject, folder, BASELINE, f"{what}, seed {SEED}")]
     heads: list[dict[str, Any]] = []
     notices = []
+    labels: dict[str, list[Method]] = {}
     for method in methods:
-        label = describe(method)
+        label = add_variant(labels, [method])
         heads += head_rows(loaded, {label: [method]})
         with quiet_notices(), accel.apply(loaded.model, method) as handle:
             pictures.append(_drawn(model, subject, folder, label, f"{what}, seed {SEED}"))

@@ -93,14 +93,15 @@ def swept(methods: Mapping[str, Sequence[Method]], keeps: Sequence[float | int])
     return found
 
 
-def add_variant(variants: dict[str, list[Method]], methods: Sequence[Method]) -> None:
-    """Adds methods under a label that no others have: of files of one name in several folders, with as much of the paths as tells them apart."""
+def add_variant(variants: dict[str, list[Method]], methods: Sequence[Method]) -> str:
+    """Adds methods under a label of their own, which is returned: files of one name show as much of their paths as tells them apart."""
     label = ""
     for n_parts in range(1, MOST_PARTS + 1):
         label = " + ".join(describe(m, n_parts=n_parts) for m in methods)
         if variants.get(label, list(methods)) == list(methods):
             break
     variants[label] = list(methods)
+    return label
 
 
 def describe(method: Method, *, n_parts: int = 1) -> str:

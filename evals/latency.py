@@ -31,7 +31,8 @@ Variants = Mapping[str, Sequence[Method]]
 Progress = Callable[[str], None]       # told what begins now
 
 OWN_DENSE = "dense (accel)"
-BELOW_CROSSOVER = "dense: below crossover"
+# how the reason of a call with too few keys begins (`SparseAttention.why_short`)
+SHORT = "shorter than"
 
 
 @dataclass(frozen=True)
@@ -217,10 +218,9 @@ def dense_note(done: Pass) -> str:
     if not n_dense:
         return ""
     # layers that are always dense say nothing about why the others were
-    reason = max(done.dense_calls, key=lambda r: (r != "dense layer", done.dense_calls[r]))
+    reason = max(done.dense_calls, key=lambda r: (r != "dense layer", r.startswith(SHORT), done.dense_calls[r]))
     if not done.sparse_calls:
-        is_short = any(r.startswith("shorter than") for r in done.dense_calls)
-        return BELOW_CROSSOVER if is_short else f"dense: {reason}"
+        return f"dense: {reason}"
     return f"{n_dense} of {n_dense + done.sparse_calls} calls dense ({reason})"
 
 

@@ -41,9 +41,11 @@ def branch(cache: Any, n_tokens: int) -> Iterator[Any]:
         return
     # a window holds what leaves it from now on
     cache.activate_past_recording()
-    yield cache
-    if surplus := int(cache.get_seq_length()) - n_tokens:
-        cache.crop(-surplus)
+    try:
+        yield cache
+    finally:
+        if surplus := int(cache.get_seq_length()) - n_tokens:
+            cache.crop(-surplus)
 
 
 def last_logits_only(model: Any) -> dict[str, int]:

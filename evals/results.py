@@ -51,8 +51,9 @@ class SampleRecord:
     layer_tokens: visual tokens, structural ones included, that reached each decoder layer; None where no method could drop any, and in older runs.
     features: what the judge makes of a picture that the model drew, and prefill_ms is the time of the whole picture then; None for other samples.
     psnr, perceptual: of that picture, to the one that the unpatched model draws from the same seed; None for that one, and in older runs.
-    cache: entries per head and bytes of a compressed cache (`drawn.cache_figures`, of a decoder `decoder_cache.held_figures`), None where none was.
-    memory: what drawing one picture takes of the process's memory (`drawn.memory_figures`); told by the first sample of each label only.
+    cache: entries per head and bytes of a compressed cache (`drawing.judged.cache_figures`, of a decoder `decoder_cache.held_figures`), None where
+    none was.
+    memory: what drawing one picture takes of the process's memory (`drawing.judged.memory_figures`); told by the first sample of each label only.
 
     prefill_ms: until the first token behind the prompt is known, or the one pass over prompt and answers has ended; behind a shared prefill, of the
     rest. ttft_ms … energy_j: as in `timing.Times`; None where the prefill was shared, of pictures that were drawn but e2el_ms. peak_bytes: growth

@@ -142,14 +142,20 @@ class HeadBudgets(CacheBudget):
             window = min(self.n_window(), n_entries)
             shapes = ((1, n_entries - window), (1, window)) if window < n_entries else ((1, n_entries),)
         key = shapes, model.n_layers, model.n_kv_heads
-        if key not in self._plans:
-            if len(self._plans) >= MOST_PLANS:
-                # prompts of ever new lengths; what is asked again is made again. The plan of a file has no lengths, and stays
-                self._plans.pop(next(old for old in self._plans if old is not None))
+        plan = self._plans.get(key)
+        if plan is None:
             n_first, types = min(self.n_first(model.scale_shapes), n_tokens(model, n_entries)), self._types(model)
             keep = self.keep if model.scale_shapes is not None else max(mean, min(n_first + 1, n_entries))
-            self._plans[key] = make_plan(types, scale_shapes=shapes, n_protected=n_first, keep=keep, share=self.contextual_share)
-        return self._plans[key]
+            plan = make_plan(types, scale_shapes=shapes, n_protected=n_first, keep=keep, share=self.contextual_share)
+            self._remember(key, plan)
+        return plan
+
+    def _remember(self, key: Any, plan: HeadPlan) -> None:
+        # prompts of ever new lengths, from several threads; what is asked again is made again. The plan of a file has no lengths, and stays
+        if len(self._plans) >= MOST_PLANS:
+            for old in [old for old in list(self._plans) if old is not None][: len(self._plans) - MOST_PLANS + 1]:
+                self._plans.pop(old, None)
+        self._plans[key] = plan
 
     def _mean(self, model: ModelInfo, n_entries: int) -> int:
         """Entries that a head keeps as a mean."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from accel.errors import OptionError, UnsupportedError
 from accel.protocols import AttentionContext, AttentionStep, Choice, Method, ModelInfo, RunDense, SparseAttention, Uniform
@@ -45,6 +45,8 @@ class FlexPrefill(SparseAttention):
     min_q: dense below this many queries. None: two blocks.
     fidelity: "published" repeats the slips of the published code; `FlexPrefill.reference()` sets it with everything that belongs to it.
     """
+
+    reach_options: ClassVar[frozenset[str]] = SparseAttention.reach_options | {"min_q"}
 
     gamma: float = 0.95
     tau: float = 0.1

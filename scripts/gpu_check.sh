@@ -1,5 +1,5 @@
 #!/bin/sh
-# Tests and benchmarks on a machine with an NVIDIA GPU, from a bare checkout: torch (2.11 or newer) and triton (3.6 or newer) are enough.
+# Checks and benchmarks on a machine with an NVIDIA GPU, from a bare checkout: torch (2.11 or newer) and triton (3.6 or newer) are enough.
 #
 #   sh scripts/gpu_check.sh [--budget-s 500] [--no-flex] [--only WORD]...
 #
@@ -31,6 +31,7 @@ command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,m
 STATUS=0
 # the kills come after the budgets only where a kernel hangs: what was found before is on disk
 CHECKS=$(mktemp -d)
-timeout -k 10 $((BUDGET * 2 / 5 + 20)) "$PYTHON" -m accel.evals.gpu --check --budget-s $((BUDGET * 2 / 5)) --folder "$CHECKS" || STATUS=1
+trap 'rm -rf "$CHECKS"' EXIT
+OUT="" timeout -k 10 $((BUDGET * 2 / 5 + 20)) "$PYTHON" -m accel.evals.gpu --check --budget-s $((BUDGET * 2 / 5)) --folder "$CHECKS" || STATUS=1
 timeout -k 10 $(($(left) + 30)) "$PYTHON" -m accel.evals.gpu --bench --budget-s "$(left)" --tests "$CHECKS" "$@" || STATUS=$?
 exit $STATUS

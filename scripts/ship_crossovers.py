@@ -17,10 +17,14 @@ def main() -> int:
     parser.add_argument("result", type=Path, help="a .json file in evals/results/gpu")
     parser.add_argument("--file", type=Path, default=SHIPPED, help="where they go (default: accel/crossovers.json)")
     args = parser.parse_args()
-    result = json.loads(args.result.read_text(encoding="utf-8"))
+    try:
+        result = json.loads(args.result.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read {args.result}: {error}")
     found = result.get("crossovers", {})
-    if result.get("status") != "complete" or any(check["state"] == "failed" for check in result["checks"]):
-        parser.error(f"{args.result} is not complete, or checks failed in it: its lengths are not for others")
+    is_sound = result.get("checks") and all(check["state"] != "failed" for check in result["checks"]) and not result.get("poisonous")
+    if result.get("status") != "complete" or not is_sound:
+        parser.error(f"{args.result} is not complete, or its checks did not run and pass: its lengths are not for others")
     if not found or not all(re.search(r"/sm_\d+/", key) for key in found):
         parser.error(f"{args.result} has no lengths of an NVIDIA GPU")
     shipped = json.loads(args.file.read_text(encoding="utf-8")) if args.file.exists() else {}

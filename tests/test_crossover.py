@@ -54,7 +54,7 @@ def test_recorded_length_holds_for_the_options_it_was_measured_with() -> None:
     fast = FlexPrefill(gamma=0.8)
     record_crossover(crossover_key(fast, device="cpu", dtype="float32", head_dim=64), 300)
     assert crossover_tokens(fast, step(9)) == 300
-    assert crossover_tokens(FlexPrefill(gamma=0.8, dense_layers=(0,), dense_kernel="accel"), step(9)) == 300
+    assert crossover_tokens(FlexPrefill(gamma=0.8, dense_layers=(0,), dense_kernel="accel", min_q=64), step(9)) == 300
     assert crossover_tokens(FlexPrefill(), step(9)) == DEFAULT_TOKENS["cpu"]
     assert crossover_tokens(FlexPrefill(gamma=0.8, precision="fast"), step(9)) == DEFAULT_TOKENS["cpu"]
 

@@ -141,13 +141,13 @@ def _score_lines(m: Measured, labels: Sequence[str]) -> list[list[str]]:
 
 
 def _time_lines(m: Measured, labels: Sequence[str]) -> list[list[str]]:
-    from accel.evals.latency import BELOW_CROSSOVER
+    from accel.evals.latency import SHORT
     from accel.evals.report.plots import short_length
     from accel.evals.report.sections import milliseconds, ratio
 
     rows = {row.label: row for row in m.rows()}
-    is_below = all(rows[label].note == BELOW_CROSSOVER for label in labels if label not in m.base)
-    title = f"time to first token at {short_length(m.case.tokens)}" + (f" ({BELOW_CROSSOVER})" if is_below else "")
+    is_below = all(rows[label].note.startswith(f"dense: {SHORT}") for label in labels if label not in m.base)
+    title = f"time to first token at {short_length(m.case.tokens)}" + (" (dense: below crossover)" if is_below else "")
     return [
         [title, *(milliseconds(rows[label].ms.median) for label in labels)],
         *([f"  × {b}", *(ratio(rows[label].speedup[b]) for label in labels)] for b in m.base),

@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(_joined(list(sys.argv[1:] if argv is None else argv)))
         finally:
             # here, also for --help, which ends by SystemExit: while Python closes stdout, a reader that went away is an error that nobody catches
-            sys.stdout.flush()
+            # None where the caller closed it
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except AccelError as error:
         return _failed(error, str(error))
     except ModuleNotFoundError as error:
@@ -61,6 +63,9 @@ def _run(words: Sequence[str]) -> int:
     if not words:
         parser.print_help(sys.stderr)
         return EXIT_FAILED
+    if not words[0].startswith("-") and words[0] not in commands():
+        close = difflib.get_close_matches(words[0], commands(), n=1)
+        parser.error(f"there is no command {words[0]!r}" + (f"; did you mean {close[0]!r}?" if close else "; accel --help lists them"))
     args, more = parser.parse_known_args(words)
     if more and not getattr(module, "TAKES_MORE", False):
         command.error(f"unrecognized arguments: {' '.join(more)}{_meant(command, more)}")

@@ -312,10 +312,38 @@ def _load(settings: Mapping[str, Any], asked: _Asked, dtype: str, device: str, t
     loaded = load_model(settings["model"], dtype=dtype, device=device)
     own_data = _own_data_notices(asked.tasks, asked.lengths, settings["samples"])
     tell("\n".join(own_data))
-    notices = [*own_data, *check_variants(loaded.model, asked.variants)]
+    short = _dense_notices(loaded, asked)
+    tell("\n".join(short))
+    notices = [*own_data, *short, *check_variants(loaded.model, asked.variants)]
     check_run(loaded, asked.variants, asked.tasks, asked.lengths, settings["samples"], controls=asked.controls, batch_size=settings["batch_size"])
     require_samples(loaded, asked.tasks, asked.lengths, settings["samples"], settings["seed"])
     return loaded, notices
+
+
+def _dense_notices(loaded: LoadedModel, asked: _Asked) -> list[str]:
+    """Which sparse methods do nothing to text prompts of which lengths: there dense is compared with dense."""
+    from accel.evals.latency import SHORT
+    from accel.evals.runner import model_info
+    from accel.evals.tasks import load_task
+    from accel.protocols import SparseAttention
+
+    if not any(load_task(task).kind == "text" for task in asked.tasks):
+        return []
+    info = model_info(loaded)
+    idle: dict[tuple[str, str], list[int]] = {}
+    for label, methods in asked.variants.items():
+        for method in methods:
+            if not isinstance(method, SparseAttention):
+                continue
+            for tokens in asked.lengths:
+                # a method that is dense whatever the length was asked to be
+                if (why := method.why_always_dense(info, tokens) or "").startswith(SHORT):
+                    idle.setdefault((label, why), []).append(tokens)
+    return [
+        f"{label}: prompts of {', '.join(map(str, tokens))} tokens run dense ({why}), so that dense is compared with itself there; longer --lengths, "
+        "or another min_seq_len, make them sparse."
+        for (label, why), tokens in idle.items()
+    ]
 
 
 def _open_folder(path: Path, config: Mapping[str, Any], team: Team, loaded: LoadedModel, *, resume: bool) -> tuple[RunFolder, list[str]]:

@@ -190,7 +190,11 @@ def _crossover(settings: Mapping[str, Any]) -> int:
     # beyond the longest prompt nothing was measured: the other models of this machine must not stay dense for ever
     recorded = max(lengths[-1] + 1, DEFAULT_TOKENS.get(info.device, 0)) if tokens == NEVER_TOKENS else tokens
     file = record_crossover(key, recorded)
-    print(f"recorded {key}: {recorded} tokens in {file}; {method.method_name()} with these options and min_seq_len=None uses it from now on")
+    name = f"{method.method_name()} with these options and min_seq_len=None"
+    if tokens == NEVER_TOKENS:
+        print(f"recorded {key}: {recorded} tokens in {file}, although nothing was measured beyond {lengths[-1]}: {name} stays dense below it")
+    else:
+        print(f"recorded {key}: {recorded} tokens in {file}; {name} runs sparse from there on")
     return 0
 
 

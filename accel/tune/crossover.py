@@ -8,6 +8,7 @@ from typing import Any
 
 from accel.crossover import NEVER_TOKENS
 from accel.errors import OptionError, UnsupportedError
+from accel.patching import host_for
 from accel.protocols import SparseAttention
 from accel.recipe import Recipe
 from accel.tune.search import progress_bar
@@ -54,7 +55,11 @@ def measure_crossover(
     if not ordered or ordered[0] < 1 or ordered[-1] > input_ids.shape[1]:
         raise OptionError(f"lengths must lie between 1 and {input_ids.shape[1]} tokens, the length of the text; got {list(lengths)}")
     label = method.method_name()
-    variants = {label: [replace(method, min_seq_len=0)]}
+    sparse = replace(method, min_seq_len=0)
+    # what shapes and options decide alone is told before anything is timed
+    if (why := sparse.why_always_dense(host_for(model).describe(model), ordered[-1])) is not None:
+        raise UnsupportedError(f"{label} runs dense at every length up to {ordered[-1]} tokens ({why}): ask for longer ones, or change its options")
+    variants = {label: [sparse]}
     times = []
     n_passes = len(ordered) * count_passes(model, variants, repeats=repeats, warmup=1)
     with progress_bar(n_passes, "crossover", is_shown=show_progress) as advance:

@@ -22,7 +22,7 @@ from accel.errors import AccelError, OptionError
 
 if TYPE_CHECKING:
     from accel.evals.cache_bench.timing import CacheRow, CacheShape
-    from accel.protocols import KVCompression
+    from accel.protocols import KVCompression, Method
 
 HEADERS = (
     "variant", "read", "predicted", "attention ms", "ratio", "choosing", "module ms", "ratio", "all scales ms", "ratio", "choosing", "cache MiB",
@@ -97,18 +97,19 @@ def _methods(texts: Sequence[str], keeps: str, shape: CacheShape, folder: Path) 
     """The methods by label, at each budget. Those that can read a profile are given a planted one where they name none."""
     from accel.cli.options import parse_keeps, parse_method
     from accel.evals.cache_bench.timing import planted_profile
-    from accel.evals.controls import describe
+    from accel.evals.controls import add_variant
     from accel.protocols import KVCompression
     from accel.registry import build
 
     found: dict[str, KVCompression] = {}
+    labels: dict[str, list[Method]] = {}
     for text in texts:
         given = parse_method(text)
         if not isinstance(given, KVCompression):
             raise OptionError(f"{given.method_name()} is a {given.kind.replace('_', '-')} method; a cache method is needed, such as hack")
         for keep in parse_keeps(keeps):
             options: dict[str, Any] = {**given.options(), "keep": keep}
-            label = describe(build(given.method_name(), options))
+            label = add_variant(labels, [build(given.method_name(), options)])
             # what can do without a profile is measured without one
             if given.needs_training is not None and options.get("profile", "") is None and options.get("plan") is None:
                 options |= {"profile": str(planted_profile(shape, folder)), "allow_other_model": True}

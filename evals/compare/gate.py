@@ -65,9 +65,13 @@ def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def gate_notices(rows: Sequence[Mapping[str, Any]], confidence: float | None = None) -> list[str]:
-    """A line for each task and length of which few prompts were gated by their measured loss, or whose margin no loss can exceed."""
+    """A line for each task and length at which a method did nothing, of which few prompts were gated by their measured loss, or whose margin no loss
+    can exceed.
+    """
+    idle = [f"gate: {row['label']} on {_place(row)}: the method did nothing to these prompts, so that dense was compared with itself."
+            for row in rows if row.get("is_idle") and row["loss"] is not None]  # fmt: skip
     if confidence is not None:
-        return []
+        return idle
     measured = [row for row in rows if row["loss"] is not None]
     more = f"--resume --samples {FEWEST_PROMPTS}"
     few = {f"{_place(row)} rests on {_prompts(row['n'])}; fewer than {FEWEST_PROMPTS} tell little of others: take more with `accel run --out "
@@ -75,7 +79,7 @@ def gate_notices(rows: Sequence[Mapping[str, Any]], confidence: float | None = N
            for row in measured if row["n"] < FEWEST_PROMPTS}  # fmt: skip
     loose = {f"{_place(row)}: dense scores {row['dense']:.3f}, no more than the margin of {row['margin']:g}"
              for row in measured if row["dense"] is not None and row["dense"] <= row["margin"] + _SLACK}  # fmt: skip
-    return [*(f"gate: {what}" for what in sorted(few)), *(f"gate: {what}, so that no loss can fail it." for what in sorted(loose))]
+    return [*idle, *(f"gate: {what}" for what in sorted(few)), *(f"gate: {what}, so that no loss can fail it." for what in sorted(loose))]
 
 
 def _of_source(source: Source, margins: Mapping[str, float], names: Mapping[tuple[str, str], str], confidence: float | None) -> list[dict[str, Any]]:
@@ -92,6 +96,7 @@ def _of_source(source: Source, margins: Mapping[str, float], names: Mapping[tupl
             row = {"label": names.get((source.name, label), label), "folder": str(source.path), "task": task, "tokens": tokens, "margin": margin}
             if task in shown:
                 found = _verdict(mine, dense, margin, confidence, is_log_prob=task in graded, wanted=source.config.get("samples"))
+                found["is_idle"] = all(r.density is None and r.kept_share is None and r.cache is None for r in mine)
             else:
                 found = _without_basis(len(pair_up(mine, dense)), "dense itself does not see these pictures well enough: it failed the task's gate")
             rows.append({**row, **found})

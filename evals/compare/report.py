@@ -63,7 +63,7 @@ def compare_sections(result: Mapping[str, Any]) -> list[Section]:
 
 
 def source_table(sources: Sequence[Row]) -> Table:
-    """One row per folder. sources: of `compare.compare`."""
+    """One row per folder. sources: of `folders.compare`."""
     columns = ("name", "command", "model", "machine", "seed", "samples", "accel", "git", "created")
     rows = [["–" if source[key] is None else str(source[key]) for key in columns] for source in sources]
     return Table(["folder", *columns[1:]], rows, text_columns=(0, 1, 2, 3, 6, 7, 8))

@@ -119,12 +119,12 @@ def benches(s: Sizes) -> list[Bench]:
         Bench(bench_name("tiles", main, second), 25, partial(bench_tiles, n=main, head_dim=second)),
         Bench("tiles of decoding", 15, bench_decode_tiles),
         *(Bench(bench_name("prefill", n, first), 15, partial(bench_prefill, n=n, head_dim=first, is_main=False)) for n in s.other_tokens),
-        *(Bench(bench_name("prefill", main, d), 20, partial(bench_prefill, n=main, head_dim=d, is_main=False)) for d in s.head_dims[2:]),
-        *(Bench(bench_name("tiles", main, d), 30, partial(bench_tiles, n=main, head_dim=d)) for d in s.head_dims[2:]),
         *(
             Bench(bench_name("flexprefill", n, first), 12, partial(bench_flexprefill, n=n, head_dim=first))
             for n in s.other_tokens if n < s.many_tokens
         ),
+        *(Bench(bench_name("prefill", main, d), 20, partial(bench_prefill, n=main, head_dim=d, is_main=False)) for d in s.head_dims[2:]),
+        *(Bench(bench_name("tiles", main, d), 30, partial(bench_tiles, n=main, head_dim=d)) for d in s.head_dims[2:]),
         # what else decides from which length FlexPrefill pays: the head size and gamma
         *(Bench(bench_name("flexprefill", n, second), 12, partial(bench_flexprefill, n=n, head_dim=second)) for n in s.crossover_tokens),
         *(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from accel.crossover import DEFAULT_TOKENS
 from accel.evals.gpu.bars import Row, best_dense
 
 # share by which a method must be faster, as in `accel tune crossover`: noise around break-even is no gain
 MARGIN = 0.02
+# a visit may end early: of a method with fewer lengths nothing is said
+FEWEST_LENGTHS = 3
 
 
 def crossovers(rows: Sequence[Row], *, sm: str) -> dict[str, int]:
@@ -15,7 +18,7 @@ def crossovers(rows: Sequence[Row], *, sm: str) -> dict[str, int]:
 
     rows: of one visit; those that have a `method` count. sm: "9.0", or empty where no GPU was measured.
     The smallest measured length from which the method stays faster than the best dense attention of the same benchmark; where it is slower at
-    the longest one, that length plus one, since nothing was measured beyond.
+    the longest one, that length plus one, since nothing was measured beyond, and no less than the default.
     """
     if not sm:
         return {}
@@ -25,11 +28,11 @@ def crossovers(rows: Sequence[Row], *, sm: str) -> dict[str, int]:
         if "method" in row and "ms" in row and dense is not None:
             key = f"{row['method']}/sm_{sm.replace('.', '')}/{row['dtype']}/d{row['head_dim']}"
             pays.setdefault(key, {})[row["tokens"]] = row["ms"] * (1 + MARGIN) <= dense
-    return {key: _first_that_stays(by_length) for key, by_length in sorted(pays.items())}
+    return {key: _first_that_stays(by_length) for key, by_length in sorted(pays.items()) if len(by_length) >= FEWEST_LENGTHS}
 
 
 def _first_that_stays(pays: dict[int, bool]) -> int:
-    first = max(pays) + 1
+    first = max(max(pays) + 1, DEFAULT_TOKENS["cuda"])
     for tokens in sorted(pays, reverse=True):
         if not pays[tokens]:
             break

@@ -10,7 +10,7 @@ from typing import Any
 
 import accel
 from accel.errors import UnsupportedError
-from accel.evals.controls import Control, describe
+from accel.evals.controls import Control, add_variant
 from accel.evals.latency import quiet_notices
 from accel.evals.models import LoadedModel, LoadedVisionModel
 from accel.evals.pictures.attention_flow import attention_flow
@@ -85,8 +85,9 @@ def inspect_picture(
     caption = f"{question} {BASELINE}: {dense.text or '(nothing)'}."
     rows = [{"file": save_overlay(folder, file.stem, plain(picture)), "title": file.name, "caption": caption, "starts_row": True}]
     notices: list[str] = []
+    labels: dict[str, list[Method]] = {}
     for method in methods:
-        label = describe(method)
+        label = add_variant(labels, [method])
         try:
             shown = watch_reply(model, inputs, [method], N_WORDS)
         except UnsupportedError as error:

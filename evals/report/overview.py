@@ -16,7 +16,7 @@ FEWEST = 3
 def overview_table(scores: Sequence[Row]) -> Table | None:
     """Scores alone, and for each length their mean and the mean density; None for fewer than `FEWEST` tasks or variants.
 
-    scores: of `summary.summarise`; those of pictures and of drawings are left out.
+    scores: of `summary.scores.summarise`; those of pictures and of drawings are left out.
     """
     mine = [s for s in scores if s.get("tokens")]
     names = short_labels(mine)

@@ -131,7 +131,7 @@ def attention_table(attention: Row) -> Table:
 
 
 def paired_table(paired: Sequence[Row]) -> Table:
-    """One row per method and what it is compared to. paired: rows of `picture_summary.paired_row`."""
+    """One row per method and what it is compared to. paired: rows of `summary.pictures.paired_row`."""
     rows = [
         [asked(row["keep"]), f"{row['label']} − {row['other']}", f"{signed(row['difference'])}{_error(row)}", interval_text(row["interval"]),
          f"{row['only_method']} : {row['only_other']}", str(row["n"]), str(row["n_pictures"])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -32,4 +33,7 @@ def main(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    # a reader that goes away (`| head`) ends it as it ends other tools
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Encoder, prefill and decoding of a prompt with visual tokens, with and without token pruning, in one interleaved run (style.md §10).
 
-Dense is the model as it was loaded. Beside every measured ratio stands what the arithmetic of `visual_cost` gives for the tokens that were really
+Dense is the model as it was loaded. Beside every measured ratio stands what the arithmetic of `cost.py` gives for the tokens that were really
 left in each layer, wherever a method drops them.
 """
 

@@ -91,7 +91,9 @@ def test_version_is_the_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [([], "COMMAND"), (["benhc"], "invalid choice: 'benhc'"), (["ls", "--jsn"], "--jsn")], ids=["none", "typo", "option"]
+    ("words", "message"),
+    [([], "COMMAND"), (["benhc"], "there is no command 'benhc'; did you mean 'bench'?"), (["ls", "--jsn"], "--jsn")],
+    ids=["none", "typo", "option"],
 )
 def test_wrong_words_are_explained_with_exit_code_2(words: list[str], message: str) -> None:
     found = run(*words)

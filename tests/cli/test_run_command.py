@@ -455,3 +455,13 @@ def test_cache_methods_are_swept_beside_controls_and_their_bytes_are_told(model:
     assert "Against the most that the cache holds" in page
     # the settings of the run are taken over
     assert main(["run", "--out", str(tmp_path / "r"), "--resume", "--dtype", "float32"]) == 0
+
+
+def test_a_run_that_compares_dense_with_itself_says_so_before_it_begins(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", "--model", model, "--tasks", "needle", "--lengths", "1k", "--samples", "1", "--controls", "none", "--warmup", "0"]
+    for method, is_idle in (("streaming", True), ("streaming:min_seq_len=0,block_size=16,window_blocks=2", False)):
+        out = tmp_path / method.partition(":")[2]
+        assert main([*words, "--method", method, "--out", str(out / "run")]) == 0
+        told = "streaming: prompts of 1024 tokens run dense (shorter than 4096 tokens), so that dense is compared with itself there"
+        assert (told in capsys.readouterr().err) is is_idle
+        assert any(told in notice for notice in json.loads((out / "run" / "result.json").read_text())["notices"]) is is_idle

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 import accel
-from accel.crossover import crossover_key
+from accel.crossover import DEFAULT_TOKENS, crossover_key
 from accel.evals.gpu import __main__ as gpu_check
 from accel.evals.gpu import bench as gpu_bench
 from accel.evals.gpu import contestants as gpu_contestants
@@ -196,13 +196,14 @@ def whole_method(bench: str, method: str, ms: float, dense_ms: float, *, tokens:
 
 @pytest.mark.parametrize(
     ("ms", "tokens"),
-    [((9, 9, 9), 4), ((11, 9, 9), 8), ((9, 11, 9), 16), ((11, 11, 11), 17), ((9.9, 9, 9), 8)],
+    [((9, 9, 9), 4), ((11, 9, 9), 8), ((9, 11, 9), 16), ((11, 11, 11), DEFAULT_TOKENS["cuda"]), ((9.9, 9, 9), 8)],
     ids=["always", "from_the_second", "not_before_it_stays", "never", "too_little_to_tell"],
 )
 def test_lengths_from_which_a_method_pays_are_read_from_a_visit(ms, tokens):
     rows = [row for n, mine in zip((8, 16, 4), (ms[1], ms[2], ms[0]), strict=True) for row in whole_method(f"{n}", "m", mine, 10, tokens=n)]
     assert crossovers(rows, sm="9.0") == {"m/sm_90/bfloat16/d128": tokens}
     assert crossovers(rows, sm="") == {}
+    assert crossovers(rows[:4], sm="9.0") == {}, "two lengths tell nothing"
 
 
 def test_benchmarks_of_whole_methods_run_them_with_the_options_that_users_get():
@@ -216,11 +217,13 @@ def test_benchmarks_of_whole_methods_run_them_with_the_options_that_users_get():
         assert crossover_key(method, device="sm_90", dtype="bfloat16", head_dim=128) == f"{label}/sm_90/bfloat16/d128"
 
 
-@pytest.mark.parametrize("spoil", [None, "partial", "failed", "cpu"])
+@pytest.mark.parametrize("spoil", [None, "partial", "failed", "unchecked", "lost", "cpu"])
 def test_lengths_of_a_whole_visit_are_shipped_and_no_others(record, tmp_path, spoil):
     record.env |= {} if spoil == "cpu" else {"sm": "9.0"}
-    record.rows = whole_method("one", "flexprefill", 5, 10, tokens=8192)
+    record.rows = [row for n in (8192, 16384, 32768) for row in whole_method(f"{n}", "flexprefill", 5, 10, tokens=n)]
     record.checks = [{"name": "a", "state": "failed" if spoil == "failed" else "passed", "detail": "", "took_s": 1.0}]
+    record.checks = [] if spoil == "unchecked" else record.checks
+    record.poisonous = [["one", "kernel"]] if spoil == "lost" else []
     record.is_complete = spoil != "partial"
     record.save()
     shipped = tmp_path / "crossovers.json"

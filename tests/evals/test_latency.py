@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from accel.errors import OptionError
 from accel.evals import latency
-from accel.evals.latency import BELOW_CROSSOVER, OWN_DENSE, Pass, Spread, dense_note, measure_decode, measure_ttft, rows_from_passes
+from accel.evals.latency import OWN_DENSE, Pass, Spread, dense_note, measure_decode, measure_ttft, rows_from_passes
 from accel.evals.prompt_cache import cache_argument
 from accel.stats import Stats
 
@@ -79,7 +79,7 @@ def test_both_baselines_lead_and_every_row_has_both_ratios(model: LlamaForCausal
 
 def test_a_row_whose_methods_stayed_dense_says_so(model: LlamaForCausalLM, applied: list[str]) -> None:
     row = measure_ttft(model, torch.ones(1, 16, dtype=torch.long), {"A": [Named("a")]}, repeats=1, warmup=0)[-1]
-    assert row.note == BELOW_CROSSOVER == "dense: below crossover"
+    assert row.note.startswith("dense: shorter than")
     assert row.density is None
     assert row.selection_share is None
     assert row.peak_bytes is None
@@ -106,8 +106,8 @@ def test_selection_share_is_relative_to_its_own_pass() -> None:
     "done, note",
     [
         pytest.param(Pass(1.0, sparse_calls=30), "", id="all-sparse"),
-        pytest.param(Pass(1.0, dense_calls={"shorter than 4096 tokens": 30}), BELOW_CROSSOVER, id="short"),
-        pytest.param(Pass(1.0, dense_calls={"dense layer": 20, "shorter than 4096 tokens": 10}), BELOW_CROSSOVER, id="short-beside-dense-layers"),
+        pytest.param(Pass(1.0, dense_calls={"shorter than 4096 tokens": 30}), "dense: shorter than 4096 tokens", id="short"),
+        pytest.param(Pass(1.0, dense_calls={"dense layer": 20, "shorter than 9 tokens": 10}), "dense: shorter than 9 tokens", id="beside-layers"),
         pytest.param(Pass(1.0, dense_calls={"dense layer": 20, "decode": 10}), "dense: decode", id="decode-beside-dense-layers"),
         pytest.param(Pass(1.0, dense_calls={"unsupported mask": 30}), "dense: unsupported mask", id="unsupported"),
         pytest.param(Pass(1.0, sparse_calls=20, dense_calls={"dense layer": 10}), "10 of 30 calls dense (dense layer)", id="mixed"),

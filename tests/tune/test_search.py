@@ -309,11 +309,20 @@ def test_measurement_covers_every_length_once_in_rising_order_with_both_baseline
         assert row.sparse_calls == model.config.num_hidden_layers, "min_seq_len of the method is set aside while measuring"
 
 
+def test_a_method_whose_options_leave_these_lengths_dense_is_told_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from support import tiny_llama
+
+    monkeypatch.setattr("accel.evals.latency.measure_ttft", None)
+    with pytest.raises(UnsupportedError, match=r"flexprefill runs dense at every length up to 64 tokens \(shorter than 1025 tokens\)"):
+        measure_crossover(tiny_llama(), torch.ones(1, 64, dtype=torch.long), FlexPrefill(), [32, 64], show_progress=False)
+
+
 def test_method_that_always_runs_dense_has_no_crossover() -> None:
     import torch
     from support import tiny_llama
 
-    with pytest.raises(UnsupportedError, match=r"dense ran dense at every length:\n  - 32 tokens: .+"):
+    with pytest.raises(UnsupportedError, match=r"dense runs dense at every length up to \d+ tokens \(.+\)"):
         measure_crossover(tiny_llama(), torch.ones(1, 32, dtype=torch.long), registry.build("dense"), [32], repeats=1, show_progress=False)  # type: ignore[arg-type]
 
 

@@ -17,7 +17,9 @@ HOST_NOTES = {
     "chunked prefill": "methods that choose blocks by the newest queries choose again for every chunk, and beside other requests a prompt is cut "
     "wherever the tokens of a step run out. --no-enable-chunked-prefill, with --max-num-batched-tokens of at least --max-model-len, cuts none; "
     "behind a cached prefix they choose for what is new",
-    "speculative decoding, LoRA, quantised weights": "untried; key caches of another dtype than the model's are refused with sparse attention",
+    "speculative decoding": "with a draft by n-grams the tokens of transformers were given when tried by hand; other drafts untried; a fixed exit "
+    "refuses it",
+    "LoRA, quantised weights": "untried; key caches of another dtype than the model's are refused with sparse attention",
     "prompt_logprobs": "with a fixed exit every request for them is refused (HTTP 400), of a prompt without pictures too: tokens that left have none",
     "cache compression": "not possible per head: vLLM has one block table for all heads of a layer (vLLM issues 5751, 10646 and 12254 asked for it)",
 }

@@ -280,6 +280,16 @@ def test_a_gain_passes_and_controls_are_not_gated(tmp_path: Path) -> None:
     assert [(row["label"], row["loss"], row["passes"]) for row in rows] == [("m", -0.5, True)]
 
 
+def test_a_method_that_did_nothing_passes_with_a_word_on_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {"m": [1, 1]})
+    told = "gate: m on needle at 1024 tokens: the method did nothing to these prompts, so that dense was compared with itself."
+    assert told not in gate_notices(gated(folder, "0.02"))
+    file = folder / "samples.jsonl"
+    file.write_text(file.read_text().replace('"density": 0.5', '"density": null'))
+    assert told in gate_notices(gated(folder, "0.02"))
+    assert gate_notices(gated(folder, "1", 0.9), 0.9) == [told]
+
+
 def test_with_a_confidence_few_prompts_do_not_pass_though_nothing_was_lost(tmp_path: Path) -> None:
     few, many = (write_run(tmp_path / str(n), {"m": [1] * n}) for n in (4, 200))
     assert gated(few, "0.02")[0]["passes"]

@@ -145,7 +145,10 @@ class Decoder:
         pictures = pictures_for(owner)
         if not pictures:
             # their features came by a way that nobody watched, or never
-            self.handle.stats.tokens.skipped["placeholders without pictures"] += sum(self.has_placeholders(row) for row in ids)
+            if not past:
+                # beams are copies of their prompt
+                rows = {tuple(row.tolist()) for row in ids if self.has_placeholders(row)}
+                self.handle.stats.tokens.skipped["placeholders without pictures"] += len(rows)
             return None
         tokens = visual_tokens(ids, self.token_ids, pictures)
         n_copies = max(1, sum(len(row) for row in tokens.seen) // max(1, sum(len(p) for p in pictures.values())))

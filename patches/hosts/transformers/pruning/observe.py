@@ -37,7 +37,7 @@ class Watcher:
         return Watcher(None, copy.deepcopy(self.config, memo), self.inner)
 
     def __reduce__(self) -> Any:
-        # `str`: names of ours are pickled as what stands behind them
+        # `str`: a name of ours would be pickled as the original, and the watched one not be registered
         return _blind, (self.config, str(self.inner))
 
 

@@ -103,14 +103,16 @@ def crossover_tokens(method: SparseAttention, step: AttentionStep) -> int:
     What was measured with the method's default options proves nothing of others, but makes the default more cautious where it is longer.
     Shapes and options only: nothing is read from the device.
     """
-    known = shipped_crossovers() | measured_crossovers()
+    measured, shipped = measured_crossovers(), shipped_crossovers()
     default = DEFAULT_TOKENS.get(step.device, DEFAULT_TOKENS["cuda"])
-    if not known:
+    # asked by every call of every layer: names are made where there is something to find
+    if not measured and not shipped:
         return default
-    exact = known.get(crossover_key(method, device=step.device, dtype=step.dtype, head_dim=step.head_dim))
-    if exact is not None:
+    key = crossover_key(method, device=step.device, dtype=step.dtype, head_dim=step.head_dim)
+    if (exact := measured.get(key, shipped.get(key))) is not None:
         return exact
-    return max(default, known.get(f"{method.method_name()}/{_where(step.device, step.dtype, step.head_dim)}", 0))
+    usual = f"{method.method_name()}/{_where(step.device, step.dtype, step.head_dim)}"
+    return max(default, measured.get(usual, shipped.get(usual, 0)))
 
 
 def _where(device: str, dtype: str, head_dim: int) -> str:

@@ -1,8 +1,8 @@
 """FlexPrefill's selection on a GPU: six kernels for all sequences and heads of a layer, without host synchronisation (sparse-attention.md §2.3–2.7).
 
     probe_stats     row maxima and sums of the probe, split over keys; pooled keys
-    probe_masses    attention mass by key, by key block and by token distance; logits of the pooled estimate
-    token_counts    K_v and K_s; mass by block diagonal
+    probe_masses    attention mass by key and by token distance; logits of the pooled estimate
+    token_counts    K_v and K_s; mass by key block and by block diagonal
     select_lines    class of the head; columns and diagonals
     pooled_map      query-aware heads only: the pooled map, or a row's choice of it
     map_cover       query-aware heads only: the fewest tiles of the map that hold gamma
@@ -64,18 +64,25 @@ def load_probe_rows(
 
 
 @triton.jit
+def key_origin(place_ptr, i_b, stride_pb, PAGE: tl.constexpr):
+    """What `load_keys` finds the keys of a sequence by: its row of the page table, or without pages its first row, int64."""
+    # read here, before any loop: in a loop that also stores, it would be read again in every turn, and keys prefetched a turn later for it
+    return place_ptr + i_b * stride_pb if PAGE else tl.load(place_ptr + i_b).to(tl.int64)
+
+
+@triton.jit
 def load_keys(
-    k_ptr, place_ptr, i_b, i_kv, first, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, stride_pb,
+    k_ptr, origin, i_kv, first, n_kv, stride_kp, stride_kn, stride_kh, stride_kd,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
 ):
-    """ROWS keys from `first` on, (ROWS, BLOCK_D); zeros behind the last key. `place_ptr`: page table, or without pages first rows, int64."""
+    """ROWS keys from `first` on, (ROWS, BLOCK_D); zeros behind the last key."""
     o_n, o_d = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     m_n = o_n < n_kv
     if PAGE:
-        page = tl.load(place_ptr + i_b * stride_pb + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
+        page = tl.load(origin + o_n // PAGE, mask=m_n, other=0).to(tl.int64)
         row = page * stride_kp + (o_n % PAGE).to(tl.int64) * stride_kn
     else:
-        row = (tl.load(place_ptr + i_b).to(tl.int64) + o_n) * stride_kn
+        row = (origin + o_n) * stride_kn
     p_k = k_ptr + row[:, None] + i_kv * stride_kh + o_d[None, :] * stride_kd
     return tl.load(p_k, mask=m_n[:, None] & (o_d < D)[None, :], other=0.0)
 
@@ -98,6 +105,7 @@ def probe_stats_fwd_kernel(
     stride_qn, stride_qh, stride_qd, stride_kp, stride_kn, stride_kh, stride_kd, stride_pb,
     scale, cap, min_q, min_kv, tiles_each, NK, GROUP,
     D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, HAS_CAP: tl.constexpr, UPCAST: tl.constexpr,
+    COLS: tl.constexpr,
 ):
     # heads vary fastest: those of one group run side by side and find their key tiles in the L2 cache
     i_h, i_s, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -108,17 +116,16 @@ def probe_stats_fwd_kernel(
         return
     n_rows = tl.minimum(n_q, BLOCK)
     i_kv = i_h // GROUP
-    o_r, o_d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    o_r, o_x, o_d = tl.arange(0, BLOCK), tl.arange(0, COLS), tl.arange(0, BLOCK_D)
     b_q = load_probe_rows(q_ptr, q_start_ptr, i_b, i_h, n_q, n_rows, 0, stride_qn, stride_qh, stride_qd, D, BLOCK, BLOCK_D)
+    origin = key_origin(place_ptr, i_b, stride_pb, PAGE)
     position = n_kv - n_rows + o_r
     b_max = tl.full([BLOCK], -float("inf"), tl.float32)
     b_sum = tl.zeros([BLOCK], tl.float32)
-    for j in range(j_first, j_end):
-        b_k = load_keys(
-            k_ptr, place_ptr, i_b, i_kv, j * BLOCK, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, stride_pb, D, BLOCK, BLOCK_D, PAGE
-        )
+    for at in range(j_first * BLOCK, j_end * BLOCK, COLS):
+        b_k = load_keys(k_ptr, origin, i_kv, at, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, D, COLS, BLOCK_D, PAGE)
         b_s = probe_logits(b_q, b_k, scale, cap, HAS_CAP, UPCAST)
-        b_s = tl.where((j * BLOCK + o_r)[None, :] <= position[:, None], b_s, -float("inf"))
+        b_s = tl.where((at + o_x)[None, :] <= position[:, None], b_s, -float("inf"))
         b_max, b_sum = add_row_stats(b_max, b_sum, b_s)
     part = ((i_b * Hq + i_h) * S + i_s) * BLOCK + o_r
     tl.store(max_ptr + part, b_max)
@@ -129,9 +136,7 @@ def probe_stats_fwd_kernel(
     for j in range(j_first + (i_h + GROUP - j_first % GROUP) % GROUP, j_end, GROUP):
         total = tl.zeros([BLOCK_D], tl.float32)
         for first in range(j * BLOCK, tl.minimum((j + 1) * BLOCK, n_kv), PART):
-            b_k = load_keys(
-                k_ptr, place_ptr, i_b, i_kv, first, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, stride_pb, D, PART, BLOCK_D, PAGE
-            )
+            b_k = load_keys(k_ptr, origin, i_kv, first, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, D, PART, BLOCK_D, PAGE)
             total += tl.sum(b_k.to(tl.float32), 0)
         p_mean = mean_ptr + ((i_b * (Hq // GROUP) + i_kv) * NK + j) * D + o_d
         tl.store(p_mean, total / tl.minimum(n_kv - j * BLOCK, BLOCK), mask=o_d < D)
@@ -140,16 +145,28 @@ def probe_stats_fwd_kernel(
 @triton.jit
 def row_weights(max_ptr, sum_ptr, i_bh, S, n_ranges, n_rows, BLOCK: tl.constexpr):
     """Maxima of the probe rows over all keys, and what makes exp2(logit − maximum) their part of the mean attention."""
-    o_r = tl.arange(0, BLOCK)
+    # ranges are read side by side: one after the other, a program would wait for memory as often as it has tiles
+    RANGES: tl.constexpr = 16
+    o_r, o_s = tl.arange(0, BLOCK), tl.arange(0, RANGES)
     b_max = tl.full([BLOCK], -float("inf"), tl.float32)
-    for s in range(0, n_ranges):
-        b_max = tl.maximum(b_max, tl.load(max_ptr + (i_bh * S + s) * BLOCK + o_r))
+    for first in range(0, n_ranges, RANGES):
+        part = (i_bh * S + first + o_s[:, None]) * BLOCK + o_r[None, :]
+        b_max = tl.maximum(b_max, tl.max(tl.load(max_ptr + part, mask=(first + o_s < n_ranges)[:, None], other=-float("inf")), 0))
     b_sum = tl.zeros([BLOCK], tl.float32)
-    for s in range(0, n_ranges):
-        part = (i_bh * S + s) * BLOCK + o_r
-        b_sum += tl.load(sum_ptr + part) * tl.exp2(tl.load(max_ptr + part) - b_max)
+    for first in range(0, n_ranges, RANGES):
+        part = (i_bh * S + first + o_s[:, None]) * BLOCK + o_r[None, :]
+        m_s = (first + o_s < n_ranges)[:, None]
+        b_part = tl.load(max_ptr + part, mask=m_s, other=-float("inf"))
+        b_sum += tl.sum(tl.load(sum_ptr + part, mask=m_s, other=0.0) * tl.exp2(b_part - b_max[None, :]), 0)
     # rows past the last have logits 0: no weight, and no overflow
     return tl.where(o_r < n_rows, b_max, 0.0), tl.where(o_r < n_rows, 1.0 / (b_sum * n_rows), 0.0)
+
+
+@triton.jit
+def few_rows(b_x, BLOCK: tl.constexpr, COLS: tl.constexpr):
+    """(BLOCK, COLS) summed to at most 16 rows: what a thread holds of a column, where rows take turns among the warps."""
+    ROWS: tl.constexpr = min(BLOCK, 16)
+    return tl.sum(tl.reshape(b_x, [BLOCK // ROWS, ROWS, COLS]), 0)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -157,7 +174,6 @@ def probe_masses_fwd_kernel(
     q_ptr, k_ptr, place_ptr, q_start_ptr, q_len_ptr, kv_len_ptr,    # as above
     max_ptr, sum_ptr, mean_ptr,             # from the first pass
     token_ptr,                              # out: (2, B, Hq, NK·BLOCK) fp32, mass by key (a_v) and by token distance (a_s)
-    block_ptr,                              # out: (2, B, Hq, NK) fp32, the first half: mass by key block (u_v)
     estimate_ptr,                           # out: (B, Hq, NK) fp32, base-2 logits of the pooled estimate
     tile_ptr,                               # out with TILES: (B, Hq, NK) fp32, mass of the probe rows before the last query block
     stride_qn, stride_qh, stride_qd, stride_kp, stride_kn, stride_kh, stride_kd, stride_pb,
@@ -179,77 +195,103 @@ def probe_masses_fwd_kernel(
     i_kv, i_bh = i_h // GROUP, i_b * Hq + i_h
     o_r, o_x = tl.arange(0, BLOCK), tl.arange(0, COLS)
     b_q = load_probe_rows(q_ptr, q_start_ptr, i_b, i_h, n_q, n_rows, 0, stride_qn, stride_qh, stride_qd, D, BLOCK, BLOCK_D)
+    origin = key_origin(place_ptr, i_b, stride_pb, PAGE)
     b_max, weight = row_weights(max_ptr, sum_ptr, i_bh, S, tl.cdiv(nk, tiles_each), n_rows, BLOCK)
     p_token = token_ptr + i_bh * (NK * BLOCK)
     p_distance = p_token + tl.num_programs(2).to(tl.int64) * Hq * NK * BLOCK
 
-    # A row r and a key c of tile m are at distance n_kv − n_rows − m·COLS + r − c. With r − c = x + COLS·band and 0 ≤ x < COLS, band is 1, 0 or
-    # −1: a tile adds to three runs of COLS distances, and a run is complete one tile after its own.
-    closing = tl.zeros([COLS], tl.float32)
-    opening = tl.zeros([COLS], tl.float32)
-    in_block = 0.0
-    early = 0.0
-    m_first = j_first * SPAN
-    # the two tiles before the range are computed again, only for what they hand on
-    for m in range(tl.maximum(m_first - 2, 0), j_end * SPAN):
-        b_k = load_keys(
-            k_ptr, place_ptr, i_b, i_kv, m * COLS, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, stride_pb, D, COLS, BLOCK_D, PAGE
-        )
-        b_s = probe_logits(b_q, b_k, scale, cap, HAS_CAP, UPCAST)
-        b_s = tl.where((m * COLS + o_x)[None, :] <= (n_kv - n_rows + o_r)[:, None], b_s, -float("inf"))
-        b_p = tl.exp2(b_s - b_max[:, None]) * weight[:, None]
-        is_own = m >= m_first
-        # a bound, not `& is_own`: the interpreter spoils a mask combined with a scalar
-        n_own = tl.where(is_own, n_kv, 0)
-        mass = tl.sum(b_p, 0)
-        tl.store(p_token + m * COLS + o_x, mass, mask=m * COLS + o_x < n_own)
-        in_block = tl.where(m % SPAN == 0, 0.0, in_block) + tl.sum(mass, 0)
-        tl.store(block_ptr + i_bh * NK + m // SPAN, in_block, mask=is_own)
-        if TILES:
-            is_early = (n_kv - n_rows + o_r) // BLOCK < nk - 1
-            early = tl.where(m % SPAN == 0, 0.0, early) + tl.sum(tl.sum(tl.where(is_early[:, None], b_p, 0.0), 0), 0)
-            tl.store(tile_ptr + i_bh * NK + m // SPAN, early, mask=is_own)
-        # column x of the skewed tile holds, row by row, the key with that x
-        skewed = tl.gather(b_p, (o_r[:, None] - o_x[None, :]) & (COLS - 1), 1)
-        beyond = o_r[:, None] - o_x[None, :]
-        if SPAN == 2:
-            closing += tl.sum(tl.where(beyond >= COLS, skewed, 0.0), 0)
-        distance = n_kv - n_rows - (m - 1) * COLS + o_x
-        tl.store(p_distance + distance, closing, mask=(distance >= 0) & (distance < n_own))
-        closing = opening + tl.sum(tl.where((beyond >= 0) & (beyond < COLS), skewed, 0.0), 0)
-        opening = tl.sum(tl.where(beyond < 0, skewed, 0.0), 0)
-    n_last = tl.where(j_end == nk, n_kv, 0)
-    distance = n_kv - n_rows - (j_end * SPAN - 1) * COLS + o_x
-    tl.store(p_distance + distance, closing, mask=(distance >= 0) & (distance < n_last))
-    tl.store(p_distance + distance - COLS, opening, mask=(distance >= COLS) & (distance - COLS < n_last))
-
-    # read again by few rows at a time: a mean kept since the first reading would take registers from the loop above
-    PART: tl.constexpr = 16
+    mean_q = tl.sum(b_q.to(tl.float32), 0) / n_rows
     o_d = tl.arange(0, BLOCK_D)
-    mean_q = tl.zeros([BLOCK_D], tl.float32)
-    for first in range(0, n_rows, PART):
-        b_part = load_probe_rows(q_ptr, q_start_ptr, i_b, i_h, n_q, n_rows, first, stride_qn, stride_qh, stride_qd, D, PART, BLOCK_D)
-        mean_q += tl.sum(b_part.to(tl.float32), 0)
-    mean_q /= n_rows
+    PART: tl.constexpr = 16
     for first in range(j_first, j_end, PART):
         o_j = first + tl.arange(0, PART)
         p_mean = mean_ptr + ((i_b * (Hq // GROUP) + i_kv) * NK + o_j[:, None]) * D + o_d[None, :]
         mean_k = tl.load(p_mean, mask=(o_j < j_end)[:, None] & (o_d < D)[None, :], other=0.0)
         tl.store(estimate_ptr + i_bh * NK + o_j, scaled_logits(tl.sum(mean_k * mean_q[None, :], 1), scale, cap, HAS_CAP), mask=o_j < j_end)
 
+    # A row r and a key c of tile m are at distance n_kv − n_rows − m·COLS + r − c. With r − c = x + COLS·band and 0 ≤ x < COLS, band is 1, 0 or
+    # −1: a tile adds to three runs of COLS distances, and a run is complete one tile after its own. Until then few of its rows are added up;
+    # the sum over all of them, which threads must meet for, is taken once a tile, over keys and over distances together.
+    beyond = o_r[:, None] - o_x[None, :]
+    opening = few_rows(tl.zeros([BLOCK, COLS], tl.float32), BLOCK, COLS)
+    closing = opening
+    early = 0.0
+    m_first = j_first * SPAN
+    # the two tiles before the range are computed again, only for what they hand on
+    for m in range(tl.maximum(m_first - 2, 0), j_end * SPAN):
+        b_k = load_keys(k_ptr, origin, i_kv, m * COLS, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, D, COLS, BLOCK_D, PAGE)
+        b_s = probe_logits(b_q, b_k, scale, cap, HAS_CAP, UPCAST)
+        b_s = tl.where((m * COLS + o_x)[None, :] <= (n_kv - n_rows + o_r)[:, None], b_s, -float("inf"))
+        b_p = tl.exp2(b_s - b_max[:, None]) * weight[:, None]
+        is_own = m >= m_first
+        # a bound, not `& is_own`: the interpreter spoils a mask combined with a scalar
+        n_own = tl.where(is_own, n_kv, 0)
+        if TILES:
+            is_early = (n_kv - n_rows + o_r) // BLOCK < nk - 1
+            early = tl.where(m % SPAN == 0, 0.0, early) + tl.sum(tl.sum(tl.where(is_early[:, None], b_p, 0.0), 0), 0)
+            tl.store(tile_ptr + i_bh * NK + m // SPAN, early, mask=is_own)
+        # column x of the skewed tile holds, row by row, the key with that x
+        skewed = tl.gather(b_p, beyond & (COLS - 1), 1)
+        if SPAN == 2:
+            closing += few_rows(tl.where(beyond >= COLS, skewed, 0.0), BLOCK, COLS)
+        mass, run = tl.split(tl.sum(tl.join(few_rows(b_p, BLOCK, COLS), closing), 0))
+        tl.store(p_token + m * COLS + o_x, mass, mask=m * COLS + o_x < n_own)
+        distance = n_kv - n_rows - (m - 1) * COLS + o_x
+        tl.store(p_distance + distance, run, mask=(distance >= 0) & (distance < n_own))
+        closing = opening + few_rows(tl.where((beyond >= 0) & (beyond < COLS), skewed, 0.0), BLOCK, COLS)
+        opening = few_rows(tl.where(beyond < 0, skewed, 0.0), BLOCK, COLS)
+    # what the last tile hands on, where no other range takes it
+    n_last = tl.where(j_end == nk, n_kv, 0)
+    distance = n_kv - n_rows - (j_end * SPAN - 1) * COLS + o_x
+    tl.store(p_distance + distance, tl.sum(closing, 0), mask=(distance >= 0) & (distance < n_last))
+    tl.store(p_distance + distance - COLS, tl.sum(opening, 0), mask=(distance >= COLS) & (distance - COLS < n_last))
+
 
 @triton.jit
-def mass_from(p_mass, n, threshold, CHUNK: tl.constexpr):
-    """Sum (fp64) and number of the entries with bits of at least `threshold`, among n."""
-    total = tl.zeros([CHUNK], tl.float64)
-    count = tl.zeros([CHUNK], tl.int32)
-    for at in range(0, n, CHUNK):
+def thresholds_between(low, high):
+    """Three thresholds that cut [low, high] into quarters: all above `low`, some at `high` where there are no three between."""
+    span = high - low
+    return low + (span + 3) // 4, low + (span + 1) // 2, high - span // 4
+
+
+@triton.jit
+def add_from(b_mass, b_count, b_0, b_1, b_2, b_3, threshold):
+    """Adds the entries with bits of at least `threshold`, which is positive: four in fp32, these in fp64, and their number."""
+    is_0, is_1 = b_0.to(tl.int32, bitcast=True) >= threshold, b_1.to(tl.int32, bitcast=True) >= threshold
+    is_2, is_3 = b_2.to(tl.int32, bitcast=True) >= threshold, b_3.to(tl.int32, bitcast=True) >= threshold
+    four = (tl.where(is_0, b_0, 0.0) + tl.where(is_1, b_1, 0.0)) + (tl.where(is_2, b_2, 0.0) + tl.where(is_3, b_3, 0.0))
+    count = (is_0.to(tl.int32) + is_1.to(tl.int32)) + (is_2.to(tl.int32) + is_3.to(tl.int32))
+    return b_mass + four.to(tl.float64), b_count + count
+
+
+@triton.jit
+def masses_from(p_mass, n, t1, t2, t3, CHUNK: tl.constexpr):
+    """Sums (fp64) and numbers of the entries with bits of at least each threshold, among n. Sums never fall as a threshold does."""
+    mass1, n1 = tl.zeros([CHUNK], tl.float64), tl.zeros([CHUNK], tl.int32)
+    mass2, n2, mass3, n3 = mass1, n1, mass1, n1
+    for at in range(0, n, 4 * CHUNK):
         o_n = at + tl.arange(0, CHUNK)
-        b_x = tl.load(p_mass + o_n, mask=o_n < n, other=0.0)
-        is_in = (b_x.to(tl.int32, bitcast=True) >= threshold) & (o_n < n)
-        total += tl.where(is_in, b_x.to(tl.float64), 0.0)
-        count += is_in.to(tl.int32)
-    return tl.sum(total, 0), tl.sum(count, 0)
+        # four loads on their way together: the search waits for memory as much as for arithmetic
+        b_0 = tl.load(p_mass + o_n, mask=o_n < n, other=0.0)
+        b_1 = tl.load(p_mass + o_n + CHUNK, mask=o_n + CHUNK < n, other=0.0)
+        b_2 = tl.load(p_mass + o_n + 2 * CHUNK, mask=o_n + 2 * CHUNK < n, other=0.0)
+        b_3 = tl.load(p_mass + o_n + 3 * CHUNK, mask=o_n + 3 * CHUNK < n, other=0.0)
+        mass1, n1 = add_from(mass1, n1, b_0, b_1, b_2, b_3, t1)
+        mass2, n2 = add_from(mass2, n2, b_0, b_1, b_2, b_3, t2)
+        mass3, n3 = add_from(mass3, n3, b_0, b_1, b_2, b_3, t3)
+    return tl.sum(mass1, 0), tl.sum(mass2, 0), tl.sum(mass3, 0), tl.sum(n1, 0), tl.sum(n2, 0), tl.sum(n3, 0)
+
+
+@triton.jit
+def narrowed(low, n_low, high, n_high, held, share, t1, t2, t3, mass1, mass2, mass3, n1, n2, n3):
+    """The quarter that `share` lies in: entries of at least `low` hold it, those of at least `high` do not, but `held`."""
+    is1, is2, is3 = mass1 >= share, mass2 >= share, mass3 >= share
+    low = tl.where(is3, t3, tl.where(is2, t2, tl.where(is1, t1, low)))
+    n_low = tl.where(is3, n3, tl.where(is2, n2, tl.where(is1, n1, n_low)))
+    high = tl.where(is3, high, tl.where(is2, t3, tl.where(is1, t2, t1)))
+    n_high = tl.where(is3, n_high, tl.where(is2, n3, tl.where(is1, n2, n1)))
+    held = tl.where(is3, held, tl.where(is2, mass3, tl.where(is1, mass2, mass1)))
+    return low, n_low, high, n_high, held
 
 
 @triton.jit
@@ -264,7 +306,7 @@ def token_counts_fwd_kernel(
     q_len_ptr, kv_len_ptr,
     token_ptr,                              # (2, B, Hq, NK·BLOCK) fp32, a_v and a_s
     count_ptr,                              # out: (2, B, Hq) int32, K_v and K_s
-    block_ptr,                              # out: (2, B, Hq, NK) fp32, the second half: mass by block diagonal (u_s)
+    block_ptr,                              # out: (2, B, Hq, NK) fp32, mass by key block (u_v) and by block diagonal (u_s)
     gamma_high, gamma_low, min_q, min_kv, NK,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, EXACT: tl.constexpr,
 ):
@@ -277,50 +319,44 @@ def token_counts_fwd_kernel(
     i_out = (i_side * B + i_b) * Hq + i_h
     p_mass = token_ptr + i_out * (NK * BLOCK)
     gamma = tl.zeros((), tl.float64) + gamma_high + gamma_low
-    # entries of at least `low` hold gamma, those of at least `high` do not. 2.0 is above every mass
-    low = tl.full((), 1, tl.int32)
+    # entries of at least `low` hold gamma, or low = 0; those of at least `high` do not. 2.0 is above every mass
+    low = tl.full((), 0, tl.int32)
     high = tl.full((), 0x40000000, tl.int32)
-    total, n_low = mass_from(p_mass, n_kv, low, CHUNK)
+    n_low = n_kv
     held = tl.zeros((), tl.float64)
     n_high = tl.zeros((), tl.int32)
-    is_reachable = total >= gamma
-    is_open = is_reachable
+    is_open = n_low > 1
     while is_open:
-        middle = low + (high - low) // 2
-        mass, n_middle = mass_from(p_mass, n_kv, middle, CHUNK)
-        reaches = mass >= gamma
-        low = tl.where(reaches, middle, low)
-        n_low = tl.where(reaches, n_middle, n_low)
-        high = tl.where(reaches, high, middle)
-        n_high = tl.where(reaches, n_high, n_middle)
-        held = tl.where(reaches, held, mass)
+        t1, t2, t3 = thresholds_between(low, high)
+        mass1, mass2, mass3, n1, n2, n3 = masses_from(p_mass, n_kv, t1, t2, t3, CHUNK)
+        low, n_low, high, n_high, held = narrowed(low, n_low, high, n_high, held, gamma, t1, t2, t3, mass1, mass2, mass3, n1, n2, n3)
         is_open = (high - low > 1) & (n_low - n_high > 1)
         if not EXACT:
             is_open = is_open & (tl.cdiv(n_high + 1, BLOCK) != tl.cdiv(n_low, BLOCK))
-    # between neighbouring thresholds only entries of one size are left
-    exact = tl.minimum(n_high + missing_ties(gamma, held, low), n_low)
-    count = tl.where(high - low > 1, n_low, exact)
-    tl.store(count_ptr + i_out, tl.where(is_reachable, count, n_kv))
+    # between neighbouring thresholds only entries of one size are left. low = 0: those of positive size do not hold gamma
+    exact = tl.minimum(n_high + missing_ties(gamma, held, tl.maximum(low, 1)), n_low)
+    tl.store(count_ptr + i_out, tl.where((high - low > 1) | (low == 0), n_low, exact))
 
-    if i_side == 1:
-        nk = tl.cdiv(n_kv, BLOCK)
-        ROWS: tl.constexpr = CHUNK // BLOCK
-        for first in range(0, nk, ROWS):
-            o_j = first + tl.arange(0, ROWS)
-            o_t = tl.arange(0, BLOCK)
-            if SPLIT:
-                beyond = (o_t.to(tl.float32) / BLOCK)[None, :]
-                own = o_j[:, None] * BLOCK + o_t[None, :]
-                b_own = tl.load(p_mass + own, mask=own < n_kv, other=0.0)
-                b_before = tl.load(p_mass + own - BLOCK, mask=(own >= BLOCK) & (own - BLOCK < n_kv), other=0.0)
-                # the last diagonal keeps what it would hand on
-                share = tl.where((o_j == nk - 1)[:, None], 1.0, 1.0 - beyond)
-                u = tl.sum(b_own * share + b_before * beyond, 1)
-            else:
-                # runs are cut from the largest distance down
-                own = n_kv - (nk - o_j[:, None]) * BLOCK + o_t[None, :]
-                u = tl.sum(tl.load(p_mass + own, mask=(own >= 0) & (own < n_kv), other=0.0), 1)
-            tl.store(block_ptr + i_out * NK + o_j, u, mask=o_j < nk)
+    nk = tl.cdiv(n_kv, BLOCK)
+    ROWS: tl.constexpr = CHUNK // BLOCK
+    for first in range(0, nk, ROWS):
+        o_j = first + tl.arange(0, ROWS)
+        o_t = tl.arange(0, BLOCK)
+        own = o_j[:, None] * BLOCK + o_t[None, :]
+        if i_side == 0:
+            u = tl.sum(tl.load(p_mass + own, mask=own < n_kv, other=0.0), 1)
+        elif SPLIT:
+            beyond = (o_t.to(tl.float32) / BLOCK)[None, :]
+            b_own = tl.load(p_mass + own, mask=own < n_kv, other=0.0)
+            b_before = tl.load(p_mass + own - BLOCK, mask=(own >= BLOCK) & (own - BLOCK < n_kv), other=0.0)
+            # the last diagonal keeps what it would hand on
+            share = tl.where((o_j == nk - 1)[:, None], 1.0, 1.0 - beyond)
+            u = tl.sum(b_own * share + b_before * beyond, 1)
+        else:
+            # runs are cut from the largest distance down
+            own = n_kv - (nk - o_j[:, None]) * BLOCK + o_t[None, :]
+            u = tl.sum(tl.load(p_mass + own, mask=(own >= 0) & (own < n_kv), other=0.0), 1)
+        tl.store(block_ptr + i_out * NK + o_j, u, mask=o_j < nk)
 
 
 @triton.jit
@@ -504,29 +540,12 @@ def pooled_map_fwd_kernel(
 
 
 @triton.jit
-def map_mass_from(p_map, first, nq, NK, threshold, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Sum (fp64) and number of the entries at or below the diagonal of a map with bits of at least `threshold`."""
-    total = tl.zeros([ROWS, COLS], tl.float64)
-    count = tl.zeros([ROWS, COLS], tl.int32)
-    for i in range(0, nq, ROWS):
-        o_i = i + tl.arange(0, ROWS)[:, None]
-        for j in range(0, first + tl.minimum(i + ROWS, nq), COLS):
-            o_j = j + tl.arange(0, COLS)[None, :]
-            is_cell = (o_i < nq) & (o_j <= first + o_i)
-            b_x = tl.load(p_map + o_i.to(tl.int64) * NK + o_j, mask=is_cell, other=0.0)
-            is_in = is_cell & (b_x.to(tl.int32, bitcast=True) >= threshold)
-            total += tl.where(is_in, b_x.to(tl.float64), 0.0)
-            count += is_in.to(tl.int32)
-    return tl.sum(tl.sum(total, 1), 0), tl.sum(tl.sum(count, 1), 0)
-
-
-@triton.jit
 def map_cover_fwd_kernel(
     q_len_ptr, kv_len_ptr, aware_ptr,
     map_ptr,                                # (B, Hq, NQ, NK) fp32
     extra_ptr,                              # out: (B, Hq, NQ, NK) bool bytes, of query-aware heads
     gamma_high, gamma_low, NQ, NK,
-    BLOCK: tl.constexpr, BLOCK_NK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_NK: tl.constexpr, CHUNK: tl.constexpr,
 ):
     i_h, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     i_bh = i_b * tl.num_programs(0) + i_h
@@ -542,27 +561,28 @@ def map_cover_fwd_kernel(
     held = tl.zeros((), tl.float64)
     n_high = tl.zeros((), tl.int32)
     n_low = tl.full((), 0x7FFFFFFF, tl.int32)
-    # once a single entry lies between the thresholds, all from `low` on is the answer
+    # once a single entry lies between the thresholds, all from `low` on is the answer. Cells above the diagonal are 0
     while (high - low > 1) & (n_low - n_high > 1):
-        middle = low + (high - low) // 2
-        mass, n_middle = map_mass_from(p_map, first, nq, NK, middle, ROWS, COLS)
-        reaches = mass >= share
-        low = tl.where(reaches, middle, low)
-        n_low = tl.where(reaches, n_middle, n_low)
-        high = tl.where(reaches, high, middle)
-        n_high = tl.where(reaches, n_high, n_middle)
-        held = tl.where(reaches, held, mass)
+        t1, t2, t3 = thresholds_between(low, high)
+        mass1, mass2, mass3, n1, n2, n3 = masses_from(p_map, nq * NK, t1, t2, t3, CHUNK)
+        low, n_low, high, n_high, held = narrowed(low, n_low, high, n_high, held, share, t1, t2, t3, mass1, mass2, mass3, n1, n2, n3)
+    p_extra = extra_ptr + i_bh * NQ * NK
     # low = 0: the whole map does not reach its share, zeros are listed too
-    is_exact = (low > 0) & (n_low - n_high > 1)
-    n_ties = tl.where(is_exact, missing_ties(share, held, tl.maximum(low, 1)), 0x7FFFFFFF)
-    cut = tl.where(is_exact, high, low)
-    o_j = tl.arange(0, BLOCK_NK)
-    row = tl.zeros([BLOCK_NK], tl.int64) + o_j
-    for i in range(0, nq):
-        is_cell = o_j <= first + i
-        b_bits = tl.load(p_map + row, mask=is_cell, other=0.0).to(tl.int32, bitcast=True)
-        ties = is_cell & (b_bits >= low) & (b_bits < cut)
-        kept = (is_cell & (b_bits >= cut)) | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= n_ties))
-        n_ties -= tl.sum(ties.to(tl.int32), 0)
-        tl.store(extra_ptr + i_bh * NQ * NK + row, kept.to(tl.uint8), mask=o_j < NK)
-        row += NK
+    if (low == 0) | (n_low - n_high <= 1):
+        for at in range(0, nq * NK, CHUNK):
+            o_c = at + tl.arange(0, CHUNK)
+            b_bits = tl.load(p_map + o_c, mask=o_c < nq * NK, other=0.0).to(tl.int32, bitcast=True)
+            tl.store(p_extra + o_c, ((o_c % NK <= first + o_c // NK) & (b_bits >= low)).to(tl.uint8), mask=o_c < nq * NK)
+    else:
+        # of the entries of size `low` the first ones, row by row
+        n_ties = missing_ties(share, held, low)
+        o_j = tl.arange(0, BLOCK_NK)
+        row = tl.zeros([BLOCK_NK], tl.int64) + o_j
+        for i in range(0, nq):
+            is_cell = o_j <= first + i
+            b_bits = tl.load(p_map + row, mask=is_cell, other=0.0).to(tl.int32, bitcast=True)
+            ties = is_cell & (b_bits >= low) & (b_bits < high)
+            kept = (is_cell & (b_bits >= high)) | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= n_ties))
+            n_ties -= tl.sum(ties.to(tl.int32), 0)
+            tl.store(p_extra + row, kept.to(tl.uint8), mask=o_j < NK)
+            row += NK

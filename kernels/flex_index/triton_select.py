@@ -7,6 +7,7 @@ import os
 import struct
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,32 +28,47 @@ _FEWEST_TILES = 4
 _LOG2_E = math.log2(math.e)
 
 # What the launches pass to the compiler, chosen so that no kernel spills registers on sm_80, sm_90 and sm_100 (tests/aot).
-COUNT_CHUNK, COVER_CELLS, COVER_COLUMNS, MAP_KEYS = 8192, 4096, 1024, 32
-COUNT_WARPS, MAP_WARPS, COVER_WARPS = 16, 8, 16
+SEARCH_CHUNK, MAP_KEYS = 2048, 32
+SEARCH_WARPS, MAP_WARPS = 16, 8
 
 
-def probe_options(block_size: int, block_d: int, element_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the two passes over the keys."""
-    # a second key tile is on its way where an SM of 99 KB can hold it beside the queries
-    n_stages = 2 if 3 * block_size * block_d * element_size <= 96 * 1024 else 1
-    # Triton 3.6 spills in the loop with fewer warps on sm_80, and does not compile large blocks with fewer for Blackwell
-    stats, masses = {128: (8, 16), 64: (4, 8)}.get(block_size, (4, 4))
-    shared = {"num_stages": n_stages, "enable_fp_fusion": True}
-    return {"num_warps": stats, **shared}, {"COLS": min(block_size, 64), "num_warps": masses, **shared}
+def probe_options(block_size: int, block_d: int, element_size: int, *, shared_bytes: int, major: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the two passes over the keys, on a device of compute capability `major`.x with this much shared memory per program."""
+    stats, masses = {128: (8, 8), 64: (4, 8)}.get(block_size, (4, 4))
+    if major == 9 and block_size == 128:
+        # Fewer warps, two programs beside each other: 208 and 430 µs on an H200, where 8 warps take 270 and 527, although a few values of the
+        # second pass then lie in local memory
+        stats, masses = 4, 4
+    cols = min(block_size, 64)
+    row = block_d * element_size
+    shared = {"COLS": cols, "enable_fp_fusion": True}
+
+    def stages(scratch: int) -> int:
+        """Three key tiles in flight, the last one beside the arithmetic, where they fit beside the queries; fewer where not."""
+        room = shared_bytes - scratch - block_size * row
+        return max(1, min(3, room // (cols * row)))
+
+    # the second pass turns its tile through shared memory
+    n_stages = stages(2048), stages(2048 + 4 * block_size * cols)
+    return {"num_warps": stats, "num_stages": n_stages[0], **shared}, {"num_warps": masses, "num_stages": n_stages[1], **shared}
+
+
+@cache
+def _limits(device: torch.device) -> dict[str, int]:
+    """What `probe_options` asks of a device."""
+    if device.type != "cuda":
+        return {"shared_bytes": 1 << 20, "major": 0}
+    import triton
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    # the limit that Triton itself holds a kernel to
+    shared_bytes = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return {"shared_bytes": shared_bytes, "major": torch.cuda.get_device_capability(index)[0]}
 
 
 def line_warps(block_nk: int) -> int:
     """Warps of `select_lines`: 8 blocks a thread; up to 2048 blocks no register spills, beyond a few do outside the loops."""
     return max(4, min(block_nk // 256, 16))
-
-
-def why_no_small_blocks(major: int) -> str | None:
-    """Why blocks below 128 tokens cannot be selected on GPUs of this compute capability, or None. Triton 3.6 fails to compile them for Blackwell."""
-    import triton
-
-    # without `packaging`: the checks on a GPU need torch and triton alone
-    is_old = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-    return f"triton {triton.__version__} cannot compile blocks below 128 for this GPU, 3.9 can" if major >= 10 and is_old else None
 
 
 def obstacles(q: Tensor, keys: KeyView, lens: Ragged, rule: SelectionRule) -> list[str]:
@@ -85,10 +101,6 @@ def obstacles(q: Tensor, keys: KeyView, lens: Ragged, rule: SelectionRule) -> li
             import triton  # noqa: F401
         except ImportError:
             found.append("triton is not installed")
-    # asked last: there may be no CUDA to ask
-    if not found and q.device.type == "cuda" and rule.block_size < 128:
-        reason = why_no_small_blocks(torch.cuda.get_device_capability(q.device)[0])
-        found += [] if reason is None else [reason]
     return found
 
 
@@ -220,18 +232,18 @@ def _launch(
     probe = (q, k, place, q_start, *lengths)
     strides = (*q.stride(), *key_strides)
     numbers = (scale, cap, *short, tiles_each, nk, group)
-    for_stats, for_masses = probe_options(b, block_d, q.element_size())
+    for_stats, for_masses = probe_options(b, block_d, q.element_size(), **_limits(q.device))
 
     kernels.probe_stats_fwd_kernel[(heads, n_splits, batch)](
         *probe, found.row_max, found.row_sum, found.mean_keys, *strides, *numbers, **sizes, **for_stats
     )
     kernels.probe_masses_fwd_kernel[(heads, n_splits, batch)](
-        *probe, found.row_max, found.row_sum, found.mean_keys, found.token_mass, found.block_mass, found.estimate, found.tile_mass,
+        *probe, found.row_max, found.row_sum, found.mean_keys, found.token_mass, found.estimate, found.tile_mass,
         *strides, *numbers, **sizes, TILES=exact, **for_masses,
     )
     kernels.token_counts_fwd_kernel[(heads, 2, batch)](
         *lengths, found.token_mass, found.tokens, found.block_mass, *gamma, *short, nk,
-        BLOCK=b, CHUNK=min(COUNT_CHUNK, block_nk * b), SPLIT=rule.slash_pooling == "split", EXACT=exact, num_warps=COUNT_WARPS,
+        BLOCK=b, CHUNK=max(SEARCH_CHUNK, b), SPLIT=rule.slash_pooling == "split", EXACT=exact, num_warps=SEARCH_WARPS,
         enable_fp_fusion=True,
     )
     budgets = (rule.blocks(rule.min_budget), 2**30 if rule.max_budget is None else rule.blocks(rule.max_budget))
@@ -251,10 +263,9 @@ def _launch(
         num_warps=MAP_WARPS, enable_fp_fusion=True,
     )
     if not by_row:
-        columns = min(block_nk, COVER_COLUMNS)
         kernels.map_cover_fwd_kernel[(heads, batch)](
             *lengths, _bytes(found.is_aware), found.map, _bytes(found.extra), *gamma, nq, nk,
-            BLOCK=b, BLOCK_NK=block_nk, ROWS=COVER_CELLS // columns, COLS=columns, num_warps=COVER_WARPS,
+            BLOCK=b, BLOCK_NK=block_nk, CHUNK=SEARCH_CHUNK, num_warps=SEARCH_WARPS,
             enable_fp_fusion=True,
         )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from accel.kernels.flex_index.triton_kernels import add_row_stats, load_keys, probe_logits
+from accel.kernels.flex_index.triton_kernels import add_row_stats, key_origin, load_keys, probe_logits
 
 # what changes from picture to picture, and is not worth a compilation when it is 1 or a multiple of 16
 VARYING = ["tiles_each", "S", "n_slots", "N"]
@@ -68,15 +68,14 @@ def probe_fwd_kernel_stats(
     m_r = o_r < count
     number, b_q = load_rows(q_ptr, q_start_ptr, rows_ptr, i_b, i_h, o_r, m_r, n_slots, stride_qn, stride_qh, stride_qd, D, BLOCK_D)
     position = n_kv - n_q + number.to(tl.int32)
+    origin = key_origin(place_ptr, i_b, stride_pb, PAGE)
     n_seen = n_kv
     if IS_CAUSAL:
         n_seen = tl.minimum(n_kv, tl.max(tl.where(m_r, position, -1), 0) + 1)
     b_max = tl.full([ROWS], -float("inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)
     for j in range(i_s * tiles_each, tl.minimum((i_s + 1) * tiles_each, tl.cdiv(n_seen, COLS))):
-        b_k = load_keys(
-            k_ptr, place_ptr, i_b, i_h // GROUP, j * COLS, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, stride_pb, D, COLS, BLOCK_D, PAGE
-        )
+        b_k = load_keys(k_ptr, origin, i_h // GROUP, j * COLS, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, D, COLS, BLOCK_D, PAGE)
         b_s = probe_logits(b_q, b_k, scale, cap, HAS_CAP, UPCAST)
         o_n = j * COLS + o_c
         m_s = key_is_valid(mask_ptr, i_b, o_n, n_kv, N)[None, :] & m_r[:, None]
@@ -104,9 +103,8 @@ def probe_fwd_kernel_columns(
     count = tl.load(count_ptr + i_b).to(tl.int32)
     n_q, n_kv = tl.load(q_len_ptr + i_b).to(tl.int32), tl.load(kv_len_ptr + i_b).to(tl.int32)
     o_n = i_n * COLS + tl.arange(0, COLS)
-    b_k = load_keys(
-        k_ptr, place_ptr, i_b, i_h // GROUP, i_n * COLS, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, stride_pb, D, COLS, BLOCK_D, PAGE
-    )
+    origin = key_origin(place_ptr, i_b, stride_pb, PAGE)
+    b_k = load_keys(k_ptr, origin, i_h // GROUP, i_n * COLS, n_kv, stride_kp, stride_kn, stride_kh, stride_kd, D, COLS, BLOCK_D, PAGE)
     m_n = key_is_valid(mask_ptr, i_b, o_n, n_kv, N)
     # the rows before the first one that sees these keys give them 0
     i_first = 0

@@ -13,6 +13,8 @@ import torch
 Run = Callable[[], object]
 # larger than the L2 cache of any GPU so far
 FLUSH_BYTES = 256 << 20
+# calls on the host: before the first that counts, and one after the other of the same contestant
+WARM_CALLS, TURN = 64, 16
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Timer(Protocol):
 
 
 class CudaTimer:
-    """Events around the call. Before each, L2 is overwritten, and the device is kept busy until the host has issued the call.
+    """Events around the call. Before each, L2 is filled with other data, and the device is kept busy until the host has issued the call.
 
     So the host's time is not measured, but for calls that wait for the device themselves.
     """
@@ -55,12 +57,13 @@ class CudaTimer:
     FEWEST_CYCLES, MOST_CYCLES, CYCLES_PER_MS = 500_000, 10_000_000, 2_000_000
 
     def __init__(self, device: torch.device) -> None:
-        self._scratch = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+        self._scratch = torch.zeros(FLUSH_BYTES // 8, dtype=torch.int64, device=device)
         self._cycles = self.FEWEST_CYCLES
 
     def ms(self, run: Run) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        self._scratch.zero_()
+        # read, not written: lines that were written would go out to memory while the call runs
+        self._scratch.max()
         torch.cuda._sleep(self._cycles)  # type: ignore[no-untyped-call]
         begin.record()
         start = time.perf_counter()
@@ -142,21 +145,39 @@ def compare(timer: Timer, runs: Mapping[str, Run], *, seconds: float, fewest: in
     return found
 
 
-def host_us(run: Run, timer: Timer, *, calls: int) -> Times:
-    """Microseconds (not milliseconds) that the host needs to issue one call, without waiting for the device."""
-    for _ in range(3):
-        run()
-    timer.settle()
+def host_us(runs: Mapping[str, Run], timer: Timer, *, calls: int) -> Comparison:
+    """Microseconds (not milliseconds) that the host needs to issue one call, without waiting for the device.
+
+    The contestants take turns of `TURN` calls, after each has issued `WARM_CALLS`: a processor that has just woken up would count against the
+    first of them. A turn begins with as many calls that are not counted, because the caches hold another contestant's code. One that raises
+    while it warms up is left out, with its reason.
+    """
+    found, us = Comparison(), {}
+    for name, run in runs.items():
+        try:
+            for _ in range(0, WARM_CALLS, TURN):
+                _issue_us(run, timer, TURN)
+            us[name] = list[float]()
+        # Triton's errors are no RuntimeErrors
+        except Exception as error:
+            found.failed[name] = reason(error)
+    for done in range(0, calls, TURN):
+        for name, taken in us.items():
+            _issue_us(runs[name], timer, TURN)
+            taken += _issue_us(runs[name], timer, min(TURN, calls - done))
+    found.times = {name: Times.of(taken) for name, taken in us.items()}
+    return found
+
+
+def _issue_us(run: Run, timer: Timer, calls: int) -> list[float]:
+    """What each of some calls costs the host. So few that the queue does not fill up: the host would wait for the device."""
     us = []
-    for i in range(calls):
+    for _ in range(calls):
         begin = time.perf_counter()
         run()
         us.append(1e6 * (time.perf_counter() - begin))
-        # the queue must not fill up, or the host would wait for the device
-        if i % 16 == 15:
-            timer.settle()
     timer.settle()
-    return Times.of(us)
+    return us
 
 
 def reason(error: BaseException) -> str:

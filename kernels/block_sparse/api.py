@@ -21,6 +21,7 @@ from accel.kernels.block_sparse.plan import BlockPlan, ImplicitPlan
 from accel.kernels.block_sparse.ragged import Ragged
 
 Impl = Literal["auto", "triton", "cpu", "naive", "flex", "cute"]
+IMPLS: tuple[str, ...] = get_args(Impl)
 
 _log = logging.getLogger(__name__)
 
@@ -157,16 +158,17 @@ def _run_triton(
     from accel.kernels.block_sparse.triton_decode import takes_decode, triton_decode
     from accel.kernels.block_sparse.triton_launch import triton_attention
 
+    attend = triton_decode if takes_decode(plan, lens) else triton_attention
     # triton launches on the current device, whichever device the tensors are on
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else nullcontext():
-        attend = triton_decode if takes_decode(plan, lens) else triton_attention
+    is_elsewhere = q.device.type == "cuda" and q.device.index != torch.cuda.current_device()
+    with torch.cuda.device(q.device) if is_elsewhere else nullcontext():
         attend(q, keys, plan, lens, scale=scale, softcap=softcap, out=out, lse=lse)
 
 
 def _choose(impl: Impl, q: Tensor, keys: KeyView) -> str:
     """Name of the executor that runs; raises where the asked one cannot."""
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
     if impl == "naive":
         return "naive"
     if impl in ("flex", "cute"):
@@ -221,32 +223,33 @@ def _checked(q: Tensor, keys: KeyView, lens: Ragged, *, out: Tensor | None, soft
     if q.dim() != 3 or q.stride(-1) != 1:
         raise ValueError(f"q must be (tokens, heads, head_dim) with last stride 1, got shape {tuple(q.shape)}, strides {q.stride()}")
     n_tokens, n_heads, head_dim = q.shape
-    if n_heads % keys.n_kv_heads:
-        raise ValueError(f"{n_heads} query heads cannot share {keys.n_kv_heads} key-value heads: the number must divide")
-    if head_dim != keys.head_dim:
-        raise ValueError(f"q has head_dim {head_dim}, the keys have {keys.head_dim}")
-    if q.dtype != keys.dtype:
-        raise ValueError(f"q is {q.dtype}, the keys are {keys.dtype}")
-    k, v = keys.storage, keys.value_storage
-    if v.shape[:-1] != k.shape[:-1] or v.dtype != k.dtype or v.device != k.device:
+    k, v, device = keys.storage, keys.value_storage, q.device
+    (*places, n_kv_heads, k_dim), (*v_places, n_v_heads, v_dim) = k.shape, v.shape
+    if n_heads % n_kv_heads:
+        raise ValueError(f"{n_heads} query heads cannot share {n_kv_heads} key-value heads: the number must divide")
+    if head_dim != k_dim:
+        raise ValueError(f"q has head_dim {head_dim}, the keys have {k_dim}")
+    if q.dtype != k.dtype:
+        raise ValueError(f"q is {q.dtype}, the keys are {k.dtype}")
+    if n_v_heads != n_kv_heads or v_places != places or v.dtype != k.dtype or v.device != k.device:
         found = " and ".join(f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (k, v))
         raise ValueError(f"k and v must agree in all but the head size, got {found}")
-    if q.device != keys.device:
-        raise ValueError(f"q is on {q.device}, the keys are on {keys.device}")
+    if k.device != device:
+        raise ValueError(f"q is on {device}, the keys are on {k.device}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise UnsupportedError("this attention has no backward pass", ["q, k or v requires gradients; call it under torch.no_grad()"])
     if lens.batch != keys.kv_len.shape[0]:
         raise ValueError(f"lens describes {lens.batch} sequences, the keys hold {keys.kv_len.shape[0]}")
-    if q.device.type == "cpu":
+    if device.type == "cpu":
         _check_lengths(n_tokens, keys, lens)
-    shape = (n_tokens, n_heads, keys.value_dim)
+    shape = (n_tokens, n_heads, v_dim)
     if out is None:
         return q.new_empty(shape)
-    if tuple(out.shape) != shape or out.dtype != q.dtype or out.device != q.device or out.stride(-1) != 1:
+    if tuple(out.shape) != shape or out.dtype != q.dtype or out.device != device or out.stride(-1) != 1:
         found = f"{tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
-        raise ValueError(f"out must be {shape} {q.dtype} on {q.device} with last stride 1, got {found}")
+        raise ValueError(f"out must be {shape} {q.dtype} on {device} with last stride 1, got {found}")
     return out
 
 

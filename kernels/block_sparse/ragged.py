@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,7 @@ class Ragged:
     `kv_len[b] - q_len[b] + r`, so the queries are always the last `q_len` of `kv_len` tokens. The block grid starts at position 0 of
     each sequence, never at the tensor index.
     max_q, max_kv: upper bounds known without reading the tensors.
+    n_gapless: rows 0 … n_gapless − 1 all belong to a sequence, as far as that is known without reading the tensors.
     """
 
     q_start: Tensor
@@ -56,13 +57,14 @@ class Ragged:
     kv_len: Tensor
     max_q: int
     max_kv: int
+    n_gapless: int = 0
 
     @classmethod
     def of(cls, q_len: list[int], kv_len: list[int], *, q_start: list[int] | None = None, device: torch.device | str = "cpu") -> Ragged:
         """Sequences of known lengths; without `q_start` they lie one behind the other."""
         starts = q_start if q_start is not None else [sum(q_len[:b]) for b in range(len(q_len))]
         at, rows, keys = (torch.tensor(values, dtype=torch.int64, device=device) for values in (starts, q_len, kv_len))
-        return cls(at, rows, keys, max_q=max(q_len, default=0), max_kv=max(kv_len, default=0))
+        return cls(at, rows, keys, max_q=max(q_len, default=0), max_kv=max(kv_len, default=0), n_gapless=gapless_rows(starts, q_len))
 
     @property
     def batch(self) -> int:
@@ -72,3 +74,13 @@ class Ragged:
         """The sequences one by one as Python numbers. Waits for the device: for CPU executors, references and tests."""
         for b, (start, length, kv) in enumerate(zip(self.q_start.tolist(), self.q_len.tolist(), self.kv_len.tolist(), strict=True)):
             yield Rows(b, start, length, kv)
+
+
+def gapless_rows(q_start: Iterable[int], q_len: Iterable[int]) -> int:
+    """How many rows from the first on belong to a sequence, without a gap."""
+    end = 0
+    for start, length in sorted(zip(q_start, q_len, strict=True)):
+        if start > end:
+            break
+        end = max(end, start + length)
+    return end

@@ -25,7 +25,7 @@ from accel.errors import UnsupportedError
 from accel.kernels.block_sparse.keys import ContiguousKeys, KeyView, PagedKeys
 from accel.kernels.block_sparse.plan import BlockPlan, ImplicitPlan, ListPlan, VerticalSlashPlan
 from accel.kernels.block_sparse.ragged import Ragged
-from accel.kernels.block_sparse.triton_launch import check_tensors
+from accel.kernels.block_sparse.triton_launch import check_tensors, padded, power_of_two
 
 # with more rows than this per sequence the prefill kernel wastes less
 MAX_ROWS = 16
@@ -60,10 +60,10 @@ class DecodeConfig:
         Keys of a step take 16 KB, and so do its values; half of that in fp32, whose products run without tensor cores and want registers. More
         rows than a tile holds read the keys again, from the L2.
         """
-        row_bytes = triton.next_power_of_2(head_dim) * itemsize
+        row_bytes = power_of_two(head_dim) * itemsize
         block_m = 32 if rows > 16 and itemsize < 4 and row_bytes <= 256 else 16
         fitting = (16384 if itemsize < 4 else 8192) // row_bytes
-        block_n = max(16, min(128, fitting, triton.next_power_of_2(block_size)))
+        block_n = max(16, min(128, fitting, power_of_two(block_size)))
         # without the bound ptxas aims at 128 registers for the widest heads on sm_80, and spills; 168 are three programs per multiprocessor
         maxnreg = 168 if row_bytes == 512 and itemsize < 4 else None
         return cls(block_m=block_m, block_n=block_n, num_stages=2 if row_bytes > 512 else 3, maxnreg=maxnreg)
@@ -407,19 +407,30 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[str, int, torch.dtype, torch.device, int], Tensor] = {}
+        self._kept: dict[tuple[torch.device, int], dict[tuple[str, int, torch.dtype], Tensor]] = {}
 
-    def take(self, name: str, size: int, dtype: torch.dtype, device: torch.device, *, is_zero: bool = False) -> Tensor:
+    def on_stream_of(self, device: torch.device) -> Buffers:
+        """The buffers of the stream that is current on this device."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return Buffers(device, self._kept.setdefault((device, stream), {}))
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Those of one stream."""
+
+    device: torch.device
+    kept: dict[tuple[str, int, torch.dtype], Tensor]
+
+    def take(self, name: str, size: int, dtype: torch.dtype, *, is_zero: bool = False) -> Tensor:
         """A flat buffer of at least `size` elements, as the last call left it; a new one holds anything, or zeros where asked."""
-        on_cuda = device.type == "cuda"
-        stream = torch.cuda.current_stream(device).cuda_stream if on_cuda else 0
-        key = (name, triton.next_power_of_2(max(size, 1)), dtype, device, stream)
-        kept = self._kept.get(key)
-        if kept is None:
-            kept = (torch.zeros if is_zero else torch.empty)(key[1], dtype=dtype, device=device)
-            if not (on_cuda and torch.cuda.is_current_stream_capturing()):
-                self._kept[key] = kept
-        return kept
+        key = (name, power_of_two(size), dtype)
+        found = self.kept.get(key)
+        if found is None:
+            found = (torch.zeros if is_zero else torch.empty)(key[1], dtype=dtype, device=self.device)
+            if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                self.kept[key] = found
+        return found
 
 
 workspace = Workspace()
@@ -457,16 +468,17 @@ def triton_decode(
     if q.shape[0] == 0:
         return
     group, block, several = q.shape[1] // keys.n_kv_heads, plan.block_size, lens.max_q > 1
+    buffers = workspace.on_stream_of(q.device)
     if isinstance(plan, ImplicitPlan):
         n_t, pack, lists = 1, group, Lists()
         pattern, longest = implicit_arguments(plan, lens)
     else:
         # query blocks that the rows of a sequence may lie in
         n_t = (lens.max_q - 2) // block + 2 if several else 1
-        lists = line_lists(plan, lens, n_t) if isinstance(plan, VerticalSlashPlan) else Lists.of_plan(plan, n_t)
+        lists = line_lists(plan, lens, n_t, buffers) if isinstance(plan, VerticalSlashPlan) else Lists.of_plan(plan, n_t)
         n_t, pack = lists.n_blocks, group if lists.n_heads == 1 else 1
         pattern, longest = (0, 0, 0, 0, -1, 0), min(lists.capacity, -(-lens.max_kv // block))
-    rows, head_dim, d_v = pack * lens.max_q, max(q.shape[2], keys.value_dim), triton.next_power_of_2(max(keys.value_dim, 16))
+    rows, head_dim, d_v = pack * lens.max_q, max(q.shape[2], keys.value_dim), padded(keys.value_dim)
     tile = DecodeConfig.of_shape(rows, head_dim, q.element_size(), block) if config is None else config
     n_m, n_kv, tiles = -(-rows // tile.block_m), q.shape[1] // pack, -(-block // tile.block_n)
     min_tiles = max(tile.min_blocks * tiles, tile.min_tokens // tile.block_n)
@@ -476,8 +488,8 @@ def triton_decode(
     n_groups = lens.batch * n_m * n_t * n_kv
     # with one split never read, but the kernel is compiled for their types
     n_parts = n_groups * splits if splits > 1 else 0
-    parts = workspace.take("parts", n_parts * tile.block_m * (d_v + 2), torch.float32, q.device)
-    arrivals = workspace.take("arrivals", n_groups if splits > 1 else 0, torch.int32, q.device, is_zero=True)
+    parts = buffers.take("parts", n_parts * tile.block_m * (d_v + 2), torch.float32)
+    arrivals = buffers.take("arrivals", n_groups if splits > 1 else 0, torch.int32, is_zero=True)
     memory = memory_arguments(keys)
     options: dict[str, object] = {} if tile.maxnreg is None else {"maxnreg": tile.maxnreg}
     block_sparse_decode_kernel[n_groups + -(-q.shape[0] // GAP_ROWS), splits](
@@ -488,7 +500,7 @@ def triton_decode(
         scale * LOG2E if softcap is None else 2 * scale * LOG2E / softcap, 0.0 if softcap is None else softcap * LOG2E,
         q.shape[0], lens.batch, n_groups, splits, min_tiles, *pattern,
         HQ=q.shape[1], G=group, PACK=pack, N_M=max(n_m, 1), N_T=max(n_t, 1), D=q.shape[2], DV=keys.value_dim, BLOCK=block, PAGE=memory.page_size,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=triton.next_power_of_2(max(q.shape[2], 16)), BLOCK_DV=d_v, GAP=GAP_ROWS,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=padded(q.shape[2]), BLOCK_DV=d_v, GAP=GAP_ROWS,
         IMPLICIT=isinstance(plan, ImplicitPlan), MULTI=several, SOFTCAP=softcap is not None,
         # the interpreter multiplies the bits of bf16 numbers
         UPCAST=q.device.type == "cpu" and q.dtype == torch.bfloat16,
@@ -549,11 +561,11 @@ def unit_stride(index: Tensor) -> Tensor:
     return index if index.stride(-1) == 1 else index.contiguous()
 
 
-def line_lists(plan: VerticalSlashPlan, lens: Ragged, n_t: int) -> Lists:
+def line_lists(plan: VerticalSlashPlan, lens: Ragged, n_t: int, buffers: Buffers) -> Lists:
     """Lists of the few query blocks of a decoding call, written on the device."""
     batch, heads, nk = plan.vertical.shape
-    index = workspace.take("list index", batch * heads * n_t * nk, torch.int32, plan.vertical.device)
-    count = workspace.take("list count", batch * heads * n_t, torch.int32, plan.vertical.device)
+    index = buffers.take("list index", batch * heads * n_t * nk, torch.int32)
+    count = buffers.take("list count", batch * heads * n_t, torch.int32)
     n_t = n_t if plan.extra is None else min(n_t, plan.extra.shape[2])
     vertical, slash, extra = (None if t is None else t.view(torch.uint8) for t in (plan.vertical, plan.slash, plan.extra))
     assert vertical is not None
@@ -561,7 +573,7 @@ def line_lists(plan: VerticalSlashPlan, lens: Ragged, n_t: int) -> Lists:
     decode_lists_kernel[batch * heads * n_t,](
         vertical, slash, extra, count, index, lens.q_len.contiguous(), lens.kv_len.contiguous(),
         *vertical.stride(), *slash.stride(), *((0,) * 4 if extra is None else extra.stride()), nk,
-        H=heads, N_T=n_t, BLOCK=plan.block_size, CHUNK=max(16, min(LIST_CHUNK, triton.next_power_of_2(nk))), num_warps=4, enable_fp_fusion=True,
+        H=heads, N_T=n_t, BLOCK=plan.block_size, CHUNK=max(16, min(LIST_CHUNK, power_of_two(nk))), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     per_list = [heads * n_t, 0 if heads == 1 else n_t, 1]
     pitches = (0,) * 6 + tuple(per_list) + tuple(pitch * nk for pitch in per_list)

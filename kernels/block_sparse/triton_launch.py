@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from math import gcd
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,7 +51,8 @@ class Tuned:
 HALF = (
     Tuned(64, PrefillConfig(maxnreg=128), 65_536, "wgmma"),
     Tuned(128, PrefillConfig(), 131_072, "wgmma"),
-    Tuned(256, PrefillConfig(cols=32, num_stages=2), 131_072, "wgmma"),
+    # some values wait in local memory, outside the loops: 9.1 ms on an H200, where steps of 32 keys without any take 12.6 (25 % of 32K tokens)
+    Tuned(256, PrefillConfig(num_stages=2), 196_608, "wgmma"),
     Tuned(64, PrefillConfig(), 69_664, "tcgen05"),
     Tuned(128, PrefillConfig(cols=32), 90_144, "tcgen05"),
     Tuned(256, PrefillConfig(rows=64, cols=32, num_stages=2), 114_720, "tcgen05"),
@@ -77,7 +79,7 @@ def choose_config(block_d: int, dtype: torch.dtype, *, shared_bytes: int, major:
 
 def fit(config: PrefillConfig, block_size: int) -> PrefillConfig:
     """`config` with tiles no larger than the plan's block needs, and the warps that suit them."""
-    needed = max(16, _power_of_two(block_size))
+    needed = max(16, power_of_two(block_size))
     if needed >= max(config.rows, config.cols):
         return config
     rows = min(config.rows, needed)
@@ -85,7 +87,6 @@ def fit(config: PrefillConfig, block_size: int) -> PrefillConfig:
     return replace(config, rows=rows, cols=min(config.cols, needed), num_warps=warps, maxnreg=config.maxnreg if rows == config.rows else None)
 
 
-@torch.no_grad()
 def triton_attention(
     q: Tensor,
     keys: KeyView,
@@ -110,12 +111,14 @@ def triton_attention(
     n_tokens, n_heads, _ = q.shape
     if n_tokens == 0:
         return
-    clear_gaps(lens, out, lse)
+    memory = _memory(q, keys, out, lse)
+    # this launch would cost the host a third of the call
+    if n_tokens > lens.n_gapless:
+        clear_gaps(lens, out, lse)
     n_blocks = query_blocks(plan.block_size, lens)
     if n_blocks == 0 or lens.batch == 0:
         return
-    chosen = fit(config or _config_for(q, keys), plan.block_size)
-    memory = _memory(q, keys, out, lse)
+    chosen = _config_for(q, memory, plan.block_size) if config is None else fit(config, plan.block_size)
     if isinstance(plan, ImplicitPlan):
         _launch(chosen, memory, lens, _implicit(plan), plan.block_size, n_heads, n_blocks=n_blocks, scale=scale, softcap=softcap)
     elif isinstance(plan, ListPlan):
@@ -144,156 +147,162 @@ def clear_gaps(lens: Ragged, out: Tensor, lse: Tensor | None) -> None:
     kernels.clear_gaps_kernel[(-(-n_tokens // 64),)](
         out, lse, lens.q_start.contiguous(), lens.q_len.contiguous(), *_strides(out), 0 if lse is None else lse.stride(0),
         n_tokens, lens.batch, n_heads,
-        DV=value_dim, BLOCK_DV=_power_of_two(value_dim), ROWS=64, SEQUENCES=16, WANTS_LSE=lse is not None, enable_fp_fusion=True,
+        DV=value_dim, BLOCK_DV=power_of_two(value_dim), ROWS=64, SEQUENCES=16, WANTS_LSE=lse is not None, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Lists:
+class Lists(NamedTuple):
     """Room for the lists of `n_rows` query blocks of every sequence and head, filled from a vertical-slash plan, last blocks first."""
 
-    count: Tensor       # (2, B, Hq, n_rows) int32: full blocks, masked blocks
-    index: Tensor       # (B, Hq, n_rows, nk) int16, or int32 beyond 2^15 key blocks
+    full_count: Tensor      # (B, Hq, n_rows) int32
+    mask_count: Tensor      # (B, Hq, n_rows) int32
+    indices: Tensor         # (B, Hq, n_rows, nk) int16, or int32 beyond 2^15 key blocks
 
     @property
     def n_rows(self) -> int:
-        return self.index.shape[2]
+        return self.indices.shape[2]
 
     @classmethod
     def empty(cls, plan: VerticalSlashPlan, n_heads: int, n_blocks: int, index_bytes: int) -> Lists:
-        batch, nk = plan.vertical.shape[0], plan.vertical.shape[2]
+        batch, _, nk = plan.vertical.shape
         dtype = torch.int16 if nk <= 2**15 else torch.int32
         n_rows = min(n_blocks, max(1, index_bytes // (batch * n_heads * nk * dtype.itemsize)))
         device = plan.vertical.device
-        count = torch.empty(2, batch, n_heads, n_rows, dtype=torch.int32, device=device)
-        return cls(count, torch.empty(batch, n_heads, n_rows, nk, dtype=dtype, device=device))
+        full_count, mask_count = torch.empty(2, batch, n_heads, n_rows, dtype=torch.int32, device=device).unbind(0)
+        return cls(full_count, mask_count, torch.empty(batch, n_heads, n_rows, nk, dtype=dtype, device=device))
 
     def fill(self, plan: VerticalSlashPlan, lens: Ragged, first: int) -> None:
         """Writes the lists of the query blocks first … first + n_rows − 1, counted from the end of each sequence."""
-        _, batch, n_heads, n_rows = self.count.shape
-        nk = self.index.shape[3]
+        batch, n_heads, n_rows, nk = self.indices.shape
         # a bool is a byte
-        vertical, slash = (t.view(torch.uint8) for t in (plan.vertical, plan.slash))
+        vertical, slash = plan.vertical.view(torch.uint8), plan.slash.view(torch.uint8)
         extra = None if plan.extra is None else plan.extra.view(torch.uint8)
         kernels.vertical_slash_lists_kernel[(n_rows * batch * n_heads,)](
-            vertical, slash, extra, lens.q_len.contiguous(), lens.kv_len.contiguous(), self.count[0], self.count[1], self.index,
-            vertical.stride(0), _head_stride(vertical), slash.stride(0), _head_stride(slash),
-            *((0, 0, 0) if extra is None else (extra.stride(0), _head_stride(extra), extra.stride(2))),
+            vertical, slash, extra, lens.q_len.contiguous(), lens.kv_len.contiguous(), self.full_count, self.mask_count, self.indices,
+            *_list_strides(vertical)[:2], *_list_strides(slash)[:2], *((0, 0, 0) if extra is None else _list_strides(extra)),
             n_heads, first, n_rows, nk,
-            BLOCK=plan.block_size, CHUNK=min(1024, max(16, _power_of_two(nk))), HAS_EXTRA=extra is not None, enable_fp_fusion=True,
+            BLOCK=plan.block_size, CHUNK=min(1024, max(16, power_of_two(nk))), HAS_EXTRA=extra is not None, enable_fp_fusion=True,
         )  # fmt: skip
 
-    def arguments(self) -> dict[str, Any]:
-        count, index = self.count[0], self.index
-        return {
-            "full_count_ptr": count, "full_index_ptr": index, "mask_count_ptr": self.count[1], "mask_index_ptr": None,
-            **dict(zip(("stride_cb", "stride_ch", "stride_cr"), count.stride(), strict=True)),
-            **dict(zip(("stride_fb", "stride_fh", "stride_fr"), index.stride()[:3], strict=True)),
-            "PLAN": kernels.SCRATCH.value,
-        }  # fmt: skip
+    def arguments(self) -> Blocks:
+        strides = (*self.full_count.stride(), *self.indices.stride()[:3], 0, 0, 0)
+        return Blocks(kernels.SCRATCH.value, (self.full_count, self.indices, self.mask_count, None), strides)
 
 
 def _launch(
-    config: PrefillConfig, memory: dict[str, Any], lens: Ragged, blocks: dict[str, Any], block_size: int, n_heads: int, *,
+    config: PrefillConfig, memory: Memory, lens: Ragged, blocks: Blocks, block_size: int, n_heads: int, *,
     n_blocks: int, scale: float, softcap: float | None, first: int = 0,
 ) -> None:
-    parts = -(-block_size // config.rows)
-    kernels.block_sparse_fwd_kernel[(n_blocks * parts * lens.batch * n_heads,)](
-        **{
-            **NO_BLOCKS,
-            **memory,
-            **blocks,
-            "q_start_ptr": lens.q_start.contiguous(), "q_len_ptr": lens.q_len.contiguous(), "kv_len_ptr": lens.kv_len.contiguous(),
-            "batch": lens.batch, "n_heads": n_heads, "i_row0": first,
-            "scale_log2": scale * LOG2_E,
-            "cap_log2": 0.0 if softcap is None else softcap * LOG2_E,
-            "cap_scale": 0.0 if softcap is None else 2 * LOG2_E * scale / softcap,
-            "BLOCK": block_size, "ROWS": config.rows, "COLS": config.cols, "PRECISION": config.precision, "SOFTCAP": softcap is not None,
-        },
+    parts, batch = -(-block_size // config.rows), lens.batch
+    scores = (scale * LOG2_E, 0.0, 0.0) if softcap is None else (scale * LOG2_E, softcap * LOG2_E, 2 * LOG2_E * scale / softcap)
+    # by position, but for constants: forty more names cost the host microseconds
+    kernels.block_sparse_fwd_kernel[(n_blocks * parts * batch * n_heads,)](
+        *memory.tensors, lens.q_start.contiguous(), lens.q_len.contiguous(), lens.kv_len.contiguous(), memory.place, *blocks.lists,
+        *memory.strides, *blocks.strides, *scores, batch, n_heads, first, *blocks.pattern,
+        **memory.constants, BLOCK=block_size, ROWS=config.rows, COLS=config.cols, PLAN=blocks.kind, SOFTCAP=softcap is not None,
+        PRECISION=config.precision,
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-# what a plan that needs no such argument leaves
-NO_BLOCKS: dict[str, Any] = {
-    **dict.fromkeys(("full_count_ptr", "full_index_ptr", "mask_count_ptr", "mask_index_ptr")),
-    **dict.fromkeys(("stride_cb", "stride_ch", "stride_cr", "stride_fb", "stride_fh", "stride_fr", "stride_mb", "stride_mh", "stride_mr"), 0),
-    **dict.fromkeys(("window", "n_sink", "power_lo", "power_hi"), 0),
-}
+class Blocks(NamedTuple):
+    """The kernel's arguments that say which key blocks to read, in its order; the defaults are what a plan that needs none leaves."""
+
+    kind: int
+    lists: tuple[Tensor | None, ...] = (None,) * 4              # full count and index, masked count and index
+    strides: tuple[int, ...] = (0,) * 9                         # of the counts, of the full and of the masked index
+    pattern: tuple[int, int, int, int] = (0, 0, 0, 0)           # window, n_sink, power_lo, power_hi
 
 
-def _implicit(plan: ImplicitPlan) -> dict[str, Any]:
+def _implicit(plan: ImplicitPlan) -> Blocks:
     # no sequence has 2^30 blocks
     window = max(0, min(plan.window_blocks, 2**30))
     highest = 30 if plan.max_power is None else min(plan.max_power, 30)
-    return {
-        "PLAN": kernels.IMPLICIT.value, "window": window, "n_sink": max(0, min(plan.sink_blocks, 2**30)),
-        # the first power of two past the window
-        "power_lo": max(window - 1, 0).bit_length(), "power_hi": highest if plan.powers else -1,
-    }  # fmt: skip
+    # the first power of two past the window
+    power_lo = max(window - 1, 0).bit_length()
+    pattern = (window, max(0, min(plan.sink_blocks, 2**30)), power_lo, highest if plan.powers else -1)
+    return Blocks(kernels.IMPLICIT.value, pattern=pattern)
 
 
-def _listed(plan: ListPlan) -> dict[str, Any]:
+def _listed(plan: ListPlan) -> Blocks:
     counts, full, masked = plan.full_count, plan.full_index, plan.mask_index
     if plan.mask_count.stride() != counts.stride():
         raise ValueError(f"mask_count and full_count must have the same strides, got {plan.mask_count.stride()} and {counts.stride()}")
-    return {
-        "PLAN": kernels.LISTED.value,
-        "full_count_ptr": counts, "full_index_ptr": full, "mask_count_ptr": plan.mask_count, "mask_index_ptr": masked,
-        "stride_cb": counts.stride(0), "stride_ch": _head_stride(counts), "stride_cr": counts.stride(2),
-        "stride_fb": full.stride(0), "stride_fh": _head_stride(full), "stride_fr": full.stride(2),
-        "stride_mb": masked.stride(0), "stride_mh": _head_stride(masked), "stride_mr": masked.stride(2),
-    }  # fmt: skip
+    strides = (*_list_strides(counts), *_list_strides(full), *_list_strides(masked))
+    return Blocks(kernels.LISTED.value, (counts, full, plan.mask_count, masked), strides)
 
 
-def _head_stride(t: Tensor) -> int:
-    """0 where all heads share the plan of one."""
-    return t.stride(1) if t.shape[1] > 1 else 0
+def _list_strides(t: Tensor) -> tuple[int, int, int]:
+    """The first three: of sequences, heads and, in lists, query blocks. 0 for heads where all share the plan of one."""
+    batch, head, row = t.stride()[:3]
+    return batch, head if t.shape[1] > 1 else 0, row
 
 
-def _memory(q: Tensor, keys: KeyView, out: Tensor, lse: Tensor | None) -> dict[str, Any]:
-    """The arguments that say where q, keys and results lie, and what follows from their shapes and dtype."""
-    q = _aligned("q", q)
+class Memory(NamedTuple):
+    """The kernel's arguments that say where q, keys and results lie, in its order, and what follows from their shapes and dtype."""
+
+    tensors: tuple[Tensor | None, ...]      # q, k, v, out, lse
+    place: Tensor
+    strides: tuple[int, ...]                # of q, k, v, out, lse and place
+    constants: dict[str, Any]
+
+
+def _memory(q: Tensor, keys: KeyView, out: Tensor, lse: Tensor | None) -> Memory:
+    q, q_strides = _readable("q", q)
     if isinstance(keys, ContiguousKeys):
-        k, v, place, page_size = _aligned("k", keys.k), _aligned("v", keys.v), keys.start.contiguous(), 0
+        (k, k_strides), (v, v_strides), place, page_size = _readable("k", keys.k), _readable("v", keys.v), keys.start.contiguous(), 0
+        # of pages, which are none
+        k_strides, v_strides = (0, *k_strides), (0, *v_strides)
     elif isinstance(keys, PagedKeys):
         k, v, place, page_size = keys.k_pages, keys.v_pages, keys.page_table, keys.page_size
+        k_strides, v_strides = _page_strides("k_pages", k), _page_strides("v_pages", v)
+        if place.stride(-1) != 1:
+            raise ValueError(f"page_table must have last stride 1, got {place.stride()}")
     else:
         raise TypeError(f"no kernel for {type(keys).__name__}")
-    strides = {
-        "q": ("th", _strides(q)), "out": ("th", _strides(out)),
-        "k": ("pth", (0, 0, *_strides(k))[-3:]), "v": ("pth", (0, 0, *_strides(v))[-3:]),
-    }  # fmt: skip
-    head_dim, value_dim = keys.head_dim, keys.value_dim
-    return {
-        "q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse, "kv_place_ptr": place,
-        **{f"stride_{name[0]}{axis}": step for name, (axes, steps) in strides.items() for axis, step in zip(axes, steps, strict=True)},
-        "stride_lh": 0 if lse is None else lse.stride(0), "stride_place": place.stride(0),
-        "GROUP": q.shape[1] // keys.n_kv_heads, "D": head_dim, "DV": value_dim, "BLOCK_D": _padded(head_dim), "BLOCK_DV": _padded(value_dim),
+    *_, n_kv_heads, head_dim = k.shape
+    value_dim = v.shape[-1]
+    if max(head_dim, value_dim) > TRITON_MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be at most {TRITON_MAX_HEAD_DIM}, got {head_dim} and {value_dim} of the values")
+    constants = {
+        "GROUP": q.shape[1] // n_kv_heads, "D": head_dim, "DV": value_dim, "BLOCK_D": padded(head_dim), "BLOCK_DV": padded(value_dim),
         "PAGE": page_size, "WANTS_LSE": lse is not None,
         # the interpreter multiplies the bits of bf16 numbers
-        "UPCAST": q.device.type == "cpu" and q.dtype == torch.bfloat16,
+        "UPCAST": q.dtype == torch.bfloat16 and q.device.type == "cpu",
     }  # fmt: skip
+    strides = (*q_strides, *k_strides, *v_strides, *_strides(out), 0 if lse is None else lse.stride(0), place.stride(0))
+    return Memory((q, k, v, out, lse), place, strides, constants)
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
     """All but the last; 0 where there is one entry: the value is never used, but an odd one would cost the kernel its aligned loads."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True))
+    strides = t.stride()[:-1]
+    if 1 not in t.shape:
+        return strides
+    return tuple(stride if size > 1 else 0 for size, stride in zip(t.shape, strides, strict=False))
 
 
-def _aligned(name: str, t: Tensor) -> Tensor:
-    """`t`, or a copy whose rows start at multiples of 16 elements: without that the compiler loads single elements, and nothing ahead of time."""
-    if why_unaligned(t) is None:
-        return t
+def _readable(name: str, t: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """`t`, or a copy whose rows start at multiples of 16 elements: else the compiler loads one by one, and not ahead of time. And its strides."""
+    strides = _strides(t)
+    if _why_unaligned(t, strides) is None:
+        return t, strides
     dispatches[f"copied-{name}"] += 1
     roomy = t.new_empty(t.shape[0], t.shape[1], -(-t.shape[2] // 16) * 16)[..., : t.shape[2]]
-    return roomy.copy_(t)
+    return roomy.copy_(t.detach()), _strides(roomy)
 
 
-def why_unaligned(t: Tensor) -> str | None:
-    """What keeps a (…, tokens, heads, head_dim) tensor from being read in whole vectors, or None. Strides of single entries are never used."""
-    strides = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
-    if t.stride(-1) != 1 or any(stride % 16 for stride in strides):
+def _page_strides(name: str, pages: Tensor) -> tuple[int, ...]:
+    strides = _strides(pages)
+    reason = _why_unaligned(pages, strides)
+    if reason is not None:
+        raise ValueError(f"{name} cannot be read as it is, and a cache is not copied: {reason}")
+    return strides
+
+
+def _why_unaligned(t: Tensor, strides: tuple[int, ...]) -> str | None:
+    """What keeps a (…, tokens, heads, head_dim) tensor from being read in whole vectors, or None."""
+    if t.stride(-1) != 1 or gcd(16, *strides) != 16:
         return f"its last stride must be 1 and the others multiples of 16 elements, got {t.stride()}"
     return "its first element must lie at a multiple of 16 bytes" if t.data_ptr() % 16 else None
 
@@ -301,62 +310,55 @@ def why_unaligned(t: Tensor) -> str | None:
 def _check(q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *, scale: float, lse: Tensor | None) -> None:
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    if max(keys.head_dim, keys.value_dim) > TRITON_MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be at most {TRITON_MAX_HEAD_DIM}, got {keys.head_dim} and {keys.value_dim} of the values")
     if lse is not None and (lse.dtype != torch.float32 or lse.stride(-1) != 1):
         raise ValueError(f"lse must be fp32 with last stride 1, got {lse.dtype}, strides {lse.stride()}")
-    if isinstance(keys, PagedKeys):
-        for name, pages in (("k_pages", keys.k_pages), ("v_pages", keys.v_pages)):
-            reason = why_unaligned(pages)
-            if reason is not None:
-                raise ValueError(f"{name} cannot be read as it is, and a cache is not copied: {reason}")
-        if keys.page_table.stride(-1) != 1:
-            raise ValueError(f"page_table must have last stride 1, got {keys.page_table.stride()}")
-    check_tensors(q, keys, plan, lens)
-    for name, t in _tensors_of(plan).items():
+    for name, t in check_tensors(q, keys, plan, lens).items():
         # counts (B, Hq, nq) int32 are read one by one
-        if t.shape[-1] > 1 and t.stride(-1) != 1 and (t.dim() == 4 or t.dtype == torch.bool):
+        if t.stride(-1) != 1 and t.shape[-1] > 1 and (t.dim() == 4 or t.dtype == torch.bool):
             raise ValueError(f"the plan's {name} must have last stride 1, got {t.stride()}")
 
 
-def check_tensors(q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged) -> None:
-    """Raises ValueError where a plan is of other heads or sequences, or a tensor on another device: a kernel would read past its end."""
-    tensors = {"q_start": lens.q_start, "q_len": lens.q_len, "kv_len": lens.kv_len}
-    if isinstance(keys, (ContiguousKeys, PagedKeys)):
-        sides = (keys.k, keys.v) if isinstance(keys, ContiguousKeys) else (keys.k_pages, keys.v_pages)
-        tensors |= {"k": sides[0], "v": sides[1], "place": keys.start if isinstance(keys, ContiguousKeys) else keys.page_table}
-    lists = _tensors_of(plan)
+def check_tensors(q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged) -> dict[str, Tensor]:
+    """The plan's tensors by name. Raises ValueError where they are of other heads or sequences, or any tensor is on another device than q.
+
+    A kernel would read past their end.
+    """
+    device, n_heads, n_sequences = q.device, q.shape[1], lens.batch
+    lists = {name: value for name, value in vars(plan).items() if isinstance(value, Tensor)}
     for name, t in lists.items():
-        if t.shape[0] != lens.batch or t.shape[1] not in (1, q.shape[1]):
-            raise ValueError(f"the plan describes {t.shape[1]} heads of {t.shape[0]} sequences, q has {q.shape[1]} of {lens.batch} ({name})")
-    for name, t in {**tensors, **lists}.items():
-        if t.device != q.device:
-            raise ValueError(f"{name} is on {t.device}, q is on {q.device}")
+        batch, heads, *_ = t.shape
+        if batch != n_sequences or heads not in (1, n_heads):
+            raise ValueError(f"the plan describes {heads} heads of {batch} sequences, q has {n_heads} of {n_sequences} ({name})")
+    tensors = {"q_start": lens.q_start, "q_len": lens.q_len, "kv_len": lens.kv_len, **lists}
+    if isinstance(keys, ContiguousKeys):
+        tensors |= {"k": keys.k, "v": keys.v, "place": keys.start}
+    elif isinstance(keys, PagedKeys):
+        tensors |= {"k": keys.k_pages, "v": keys.v_pages, "place": keys.page_table}
+    for name, t in tensors.items():
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}, q is on {device}")
+    return lists
 
 
-def _tensors_of(plan: BlockPlan) -> dict[str, Tensor]:
-    return {name: value for name, value in vars(plan).items() if isinstance(value, Tensor)}
-
-
-def _config_for(q: Tensor, keys: KeyView) -> PrefillConfig:
-    block_d = max(_padded(keys.head_dim), _padded(keys.value_dim))
+def _config_for(q: Tensor, memory: Memory, block_size: int) -> PrefillConfig:
+    block_d = max(memory.constants["BLOCK_D"], memory.constants["BLOCK_DV"])
     if q.device.type != "cuda":
-        return replace(choose_config(block_d, torch.float32, shared_bytes=1 << 20, major=8), precision="ieee")
-    return _device_config(q.device.index or 0, block_d, q.dtype)
+        return fit(replace(choose_config(block_d, torch.float32, shared_bytes=1 << 20, major=8), precision="ieee"), block_size)
+    return _device_config(q.device.index or 0, block_d, q.dtype, block_size)
 
 
 @cache
-def _device_config(device: int, block_d: int, dtype: torch.dtype) -> PrefillConfig:
+def _device_config(device: int, block_d: int, dtype: torch.dtype, block_size: int) -> PrefillConfig:
     major, _ = torch.cuda.get_device_capability(device)
     # the limit that Triton itself holds a kernel to
     shared_bytes = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
-    return choose_config(block_d, dtype, shared_bytes=shared_bytes, major=major)
+    return fit(choose_config(block_d, dtype, shared_bytes=shared_bytes, major=major), block_size)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _padded(head_dim: int) -> int:
+def padded(head_dim: int) -> int:
     """The power of two that the kernel works with; a product needs at least 16."""
-    return max(16, _power_of_two(head_dim))
+    return max(16, power_of_two(head_dim))

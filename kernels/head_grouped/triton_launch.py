@@ -84,10 +84,11 @@ def _launch_decode(
     programs = [n * s for n, s in zip(heads, splits, strict=True)]
     # without splits never read, but the kernel is compiled for their types
     n_parts = sum(programs) if max(splits) > 1 else 0
+    buffers = workspace.on_stream_of(device)
     kernels.head_grouped_decode_kernel[(sum(programs),)](
         **arguments,
-        part_ptr=workspace.take("parts", n_parts * config.block_m * (block_d + 2), torch.float32, device),
-        counter_ptr=workspace.take("arrivals", n_parts, torch.int32, device, is_zero=True),
+        part_ptr=buffers.take("parts", n_parts * config.block_m * (block_d + 2), torch.float32),
+        counter_ptr=buffers.take("arrivals", n_parts, torch.int32, is_zero=True),
         n_first=programs[0], splits0=splits[0], splits1=splits[-1], tiles_each=tiles_each,
         N_M=n_m, ROWS=config.block_m, COLS=config.block_n, PRECISION="ieee",
         num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=config.maxnreg, enable_fp_fusion=True,

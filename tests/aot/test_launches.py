@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,6 +89,15 @@ def test_prefill(launched, kind, page_size, kernels):
     out, lse = call.buffers()
     prefill(call, random_plan(kind, call, PROFILE.block), out, lse, CONFIG)
     assert launched == kernels
+
+
+@pytest.mark.parametrize("n_more", [0, 1], ids=["gapless", "a row more"])
+def test_prefill_clears_no_gaps_where_the_host_knows_that_there_are_none(launched, n_more):
+    call = Call.random([40, 0, 24], [40, 0, 88], heads=(4, 2), head_dim=128, dtype=torch.float16, device=PROFILE.device)
+    assert call.lens.n_gapless == 64
+    call = replace(call, q=call.q.new_zeros(64 + n_more, 4, 128))
+    prefill(call, random_plan("power", call, PROFILE.block), call.buffers()[0], None, CONFIG)
+    assert launched == ["clear_gaps_kernel"] * n_more + ["block_sparse_fwd_kernel"]
 
 
 @pytest.mark.parametrize(

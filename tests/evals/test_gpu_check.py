@@ -28,6 +28,7 @@ from accel.evals.gpu.report import Record, markdown, result_path, with_ratios
 from accel.evals.gpu.timing import DeviceLostError, HostTimer, Times, compare, host_us
 from accel.kernels.block_sparse import ImplicitPlan, PagedKeys, block_sparse_attention, flex_executor
 from accel.kernels.block_sparse.naive import naive_attention
+from accel.kernels.flex_index import SelectionRule, flex_index
 from accel.protocols import AttentionStep
 
 ROOT = Path(gpu_check.__file__).resolve().parents[2]
@@ -79,7 +80,22 @@ def test_a_contestant_that_raises_is_left_out_with_its_reason():
 
 def test_percentiles():
     assert Times.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Times(3.5, 2.0, 5.0, 6)
-    assert host_us(lambda: None, HostTimer(), calls=20).n == 20
+
+
+def test_calls_on_the_host_are_timed_in_turn_and_warm():
+    order = []
+    timer = HostTimer()
+    timer.settle = lambda: order.append("|")
+
+    def broken():
+        raise ImportError("no such module")
+
+    found = host_us({"a": lambda: order.append("a"), "c": broken, "b": lambda: order.append("b")}, timer, calls=20)
+    turns = [turn[0] * (len(set(turn)) == 1) + str(len(turn)) for turn in "".join(order).split("|") if turn]
+    # the device is waited for behind every turn, so that its queue does not fill up
+    assert turns == ["a16"] * 4 + ["b16"] * 4 + ["a16"] * 2 + ["b16"] * 2 + ["a16", "a4", "b16", "b4"]
+    assert {name: times.n for name, times in found.times.items()} == {"a": 20, "b": 20}
+    assert found.failed == {"c": "ImportError: no such module"}
 
 
 def test_benchmarks_are_skipped_when_time_runs_out_and_saved_one_by_one(record):
@@ -319,7 +335,7 @@ def test_a_contestant_that_does_not_compile_does_not_end_the_launch_benchmark(re
     lab = Lab(CPU, FakeTimer(), record, Sizes(heads=(2, 1), head_dims=(16,), block=16, launch_tokens=32, launch_calls=1))
     gpu_bench.bench_launch(lab, "launch")
     assert lab.failed["prefill, power"] == "CompilationError: at 1:2"
-    assert [row["what"] for row in record.rows] == ["public function, head groups"]
+    assert [row["what"] for row in record.rows] == ["public function, head groups", "for comparison: PyTorch's in-place addition"]
 
 
 def small() -> Profile:
@@ -416,6 +432,18 @@ def test_lifelike_prompts_have_structure():
     assert out.isfinite().all()
     # sink and two blocks hold far more of the attention than their share of keys in the last rows
     assert (lse - dense_lse)[:, -64:].exp().mean() > 0.3
+
+
+def test_longer_lifelike_prompts_are_thinner():
+    density = {}
+    for n in (16384, 65536):
+        call = Prompt.lifelike(n, (8, 2), 64, torch.float32, CPU).call
+        plan = flex_index(call.q, call.keys, call.lens, rule=SelectionRule(), scale=call.scale).plan
+        rows = next(call.lens.rows())
+        density[n] = plan.block_mask(rows).sum((1, 2)) / rows.causal_tiles(128)
+    assert 0.3 < density[65536].mean() < density[16384].mean() < 0.7
+    # some heads look near, others everywhere
+    assert density[65536].max() - density[65536].min() > 0.5
 
 
 @pytest.fixture

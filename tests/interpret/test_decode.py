@@ -155,7 +155,7 @@ def paged(sides: list[list[Tensor]], lens: Ragged, page_size: int, g: torch.Gene
 
 
 def arrivals() -> list[Tensor]:
-    return [kept for (name, *_), kept in workspace._kept.items() if name == "arrivals"]
+    return [t for kept in workspace._kept.values() for (name, *_), t in kept.items() if name == "arrivals"]
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 64])
@@ -336,9 +336,9 @@ def test_offsets_past_two_to_the_31(tmp_path: Path) -> None:
 def test_workspace_is_reused() -> None:
     call = Call.random([1, 1], [200, 100], Hq=4, Hkv=2)
     call.run(POWERS, splits=4)
-    before = {key: kept.data_ptr() for key, kept in workspace._kept.items()}
+    before = {(stream, key): t.data_ptr() for stream, kept in workspace._kept.items() for key, t in kept.items()}
     call.run(POWERS, splits=4)
-    assert {key: kept.data_ptr() for key, kept in workspace._kept.items()} == before
+    assert {(stream, key): t.data_ptr() for stream, kept in workspace._kept.items() for key, t in kept.items()} == before
 
 
 def test_only_decoding_is_taken() -> None:

@@ -38,7 +38,7 @@ def check(call: GroupCall, config: PrefillConfig | DecodeConfig | None = None) -
 
 
 def arrivals() -> list[Tensor]:
-    return [kept for (name, *_), kept in workspace._kept.items() if name == "arrivals"]
+    return [t for kept in workspace._kept.values() for (name, *_), t in kept.items() if name == "arrivals"]
 
 
 def splitting(splits: int | None, **changes: Any) -> DecodeConfig:

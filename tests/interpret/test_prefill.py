@@ -183,7 +183,7 @@ def test_lists_of_lines_fit_the_memory_they_may_take(index_bytes):
     plan = one.random_lines(has_extra=True)
     lists = Lists.empty(plan, 4, query_blocks(BLOCK, one.lens), index_bytes)
     row = 2 * 4 * 9 * 2
-    assert lists.index.nbytes <= max(index_bytes, row)
+    assert lists.indices.nbytes <= max(index_bytes, row)
     assert torch.equal(one.check(plan, index_bytes=index_bytes)[0], one.run(plan)[0])
 
 
@@ -193,10 +193,10 @@ def test_lists_of_lines_at_a_million_tokens():
     lines = torch.zeros(1, heads, nk, dtype=torch.bool, device="meta")
     lists = Lists.empty(VerticalSlashPlan(128, lines, lines), heads, nk, 128 << 20)
     assert lists.n_rows == 256
-    assert lists.index.dtype == torch.int16
-    assert lists.index.nbytes + lists.count.nbytes <= 129 << 20
+    assert lists.indices.dtype == torch.int16
+    assert sum(t.nbytes for t in lists) <= 129 << 20
     wide = torch.zeros(1, heads, 2**16, dtype=torch.bool, device="meta")
-    assert Lists.empty(VerticalSlashPlan(16, wide, wide), heads, 4, 1).index.dtype == torch.int32
+    assert Lists.empty(VerticalSlashPlan(16, wide, wide), heads, 4, 1).indices.dtype == torch.int32
 
 
 @pytest.mark.parametrize("q_len, kv_len", [([1, 63], [40, 63]), ([5, 30, 0], [37, 94, 50]), ([16], [48]), ([17], [49])], ids=str)
@@ -205,6 +205,18 @@ def test_cached_prefixes_keep_the_grid(q_len, kv_len):
     one.check(POWERS)
     one.check(one.random_lists())
     one.check(one.random_lines())
+
+
+def test_sequences_without_gaps_fill_every_row_and_rows_behind_them_are_cleared():
+    one = Call.random([37, 0, 20], [37, 4, 53], gap=0)
+    assert one.lens.n_gapless == one.q.shape[0] == 57
+    longer = replace(one, q=torch.cat([one.q, torch.full((70, 2, 16), torch.nan)]))
+    for plan in (POWERS, one.random_lists(), one.random_lines()):
+        want, _ = one.check(plan)
+        out, lse = longer.run(plan)
+        assert torch.equal(out[:57], want)
+        assert not out[57:].any()
+        assert lse[:, 57:].isneginf().all()
 
 
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
@@ -303,6 +315,14 @@ def test_odd_strides_and_addresses_are_copied_and_counted():
     out, _ = replace(one, q=q, keys=replace(one.keys, k=k, v=v)).run(POWERS)
     assert torch.equal(out, one.run(POWERS)[0])
     assert dispatches - before == {"copied-q": 1, "copied-k": 1, "copied-v": 1}
+
+
+def test_the_stride_between_heads_does_not_matter_where_there_is_one():
+    one = Call.random([40], gap=0)
+    k, v = (t.as_strided((40, 1, 16), (16, 7, 1)) for t in (one.keys.k, one.keys.v))
+    before = dispatches.copy()
+    assert torch.equal(replace(one, keys=replace(one.keys, k=k, v=v)).run(POWERS)[0], one.run(POWERS)[0])
+    assert dispatches == before
 
 
 def test_a_cache_of_odd_strides_is_refused_by_name():

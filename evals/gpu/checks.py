@@ -158,6 +158,9 @@ def _selection_checks(p: Profile) -> Iterator[Check]:
     yield Check("selection: cached prefix", lambda: check_selection(p, [p.prompt // 2, p.prompt // 4], [p.prompt, p.prompt - 7]))
     yield Check(f"selection: pages of {p.pages[0]}", lambda: check_selection(p, [p.prompt], None, page_size=p.pages[0]))
     yield Check("selection: the other dtype", lambda: check_selection(p, [p.prompt], None, dtype=p.other_dtype))
+    # every head follows the pooled map; above, hardly one does
+    yield Check("selection: maps", lambda: check_selection(p, [p.prompt, p.prompt - p.block // 3], None, tau=1.0))
+    yield Check("selection: maps, cached prefix", lambda: check_selection(p, [p.prompt // 2], [p.prompt - 7], tau=1.0))
     yield Check(f"selection: head_dim {p.other_dims[0]}", lambda: check_selection(p, [p.prompt], None, head_dim=p.other_dims[0]))
 
 
@@ -194,11 +197,11 @@ def check_error(attend: Attend, call: Call, kind: str, block: int) -> str:
 
 def check_selection(
     p: Profile, q_len: Sequence[int], kv_len: Sequence[int] | None, *, page_size: int = 0, dtype: torch.dtype | None = None,
-    head_dim: int | None = None, gamma: float = 0.9,
+    head_dim: int | None = None, gamma: float = 0.9, tau: float = 0.1,
 ) -> str:
     """The kernels' plan against the definition in fp64: masses of columns and diagonals, classes, tiles, and the attention that is kept."""
     call = lifelike_batch(p, q_len, kv_len or q_len, page_size=page_size, dtype=dtype or p.dtype, head_dim=head_dim or p.head_dim)
-    rule = SelectionRule(block_size=p.block, gamma=gamma, min_budget=2 * p.block)
+    rule = SelectionRule(block_size=p.block, gamma=gamma, tau=tau, min_budget=2 * p.block)
     found = flex_index(call.q, call.keys, call.lens, rule=rule, scale=call.scale, impl="triton", diagnostics=True)
     exact = call.on_cpu(torch.float64)
     want = flex_index(exact.q, exact.keys, exact.lens, rule=rule, scale=call.scale, impl="naive", diagnostics=True)
@@ -224,7 +227,8 @@ def check_selection(
     assert least >= gamma - 1e-2, f"a head keeps {least:.3f} of its probe's attention, wanted {gamma}"
     # scores that tie within rounding may be ranked the other way round
     assert different <= 0.03 * total, f"{different} of {total} tiles differ"
-    return f"{different} of {total} tiles differ, least mass kept {least:.3f}"
+    aware = sum(int(found.is_query_aware.sum()) for found in want.diagnostics if found is not None)
+    return f"{different} of {total} tiles differ, {aware} heads by the map, least mass kept {least:.3f}"
 
 
 def lifelike_batch(

@@ -16,6 +16,9 @@ from accel.kernels.block_sparse.keys import KeyView
 from accel.kernels.block_sparse.plan import BlockPlan, causal_blocks
 from accel.kernels.block_sparse.ragged import Ragged, Rows
 
+# FlexAttention's kernels take tiles of up to so many rows and keys, which must divide a block
+FLEX_BLOCK = 128
+
 
 def differentiable_attention(
     q: Tensor, keys: KeyView, plan: BlockPlan, lens: Ragged, *, scale: float, softcap: float | None = None
@@ -24,12 +27,13 @@ def differentiable_attention(
 
     q: (T, Hq, D) view. Sequences run one after the other. On a CPU each needs a mask of (heads, L, N) booleans, one head where all are
     alike, and SDPA's own copy of it; with `softcap` also (Hq, L, N) scores. Memory is O(L·N) either way: 4K tokens and 32 heads of
-    their own take 0.5 GB. On CUDA FlexAttention reads the block lists, and nothing of that size exists.
+    their own take 0.5 GB. On CUDA FlexAttention reads the block lists, and nothing of that size exists, where blocks are multiples of 128
+    tokens, as its kernels want them; smaller ones are masked there too.
     Rows of no sequence and rows without keys are 0. Raises UnsupportedError for paged keys, which no training step has.
     """
     if keys.layout != "contiguous":
         raise UnsupportedError("gradients need contiguous keys, a paged cache is for inference")
-    attend = flex_sequence if q.device.type == "cuda" else masked_sequence
+    attend = flex_sequence if takes_flex(q.device, plan.block_size) else masked_sequence
     out = q.new_zeros(q.shape[0], q.shape[1], keys.value_dim)
     for rows in lens.rows():
         if not rows.q_len:
@@ -41,9 +45,14 @@ def differentiable_attention(
     return out
 
 
-def token_mask(plan: BlockPlan, rows: Rows) -> Tensor:
+def takes_flex(device: torch.device, block_size: int) -> bool:
+    """Whether FlexAttention runs here: it has a backward pass on CUDA, and kernels for blocks of whole tiles."""
+    return device.type == "cuda" and block_size % FLEX_BLOCK == 0
+
+
+def token_mask(plan: BlockPlan, rows: Rows, device: torch.device | str = "cpu") -> Tensor:
     """The plan's visible keys token by token, causality included: (Hq, L, N) bool, (1, L, N) where every head has the same."""
-    tiles = plan.block_mask(rows)
+    tiles = plan.block_mask(rows).to(device)
     query = torch.arange(rows.q_len, device=tiles.device) + rows.offset
     key = torch.arange(rows.kv_len, device=tiles.device)
     block = query // plan.block_size - rows.first_block(plan.block_size)
@@ -52,7 +61,7 @@ def token_mask(plan: BlockPlan, rows: Rows) -> Tensor:
 
 def masked_sequence(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, rows: Rows, *, scale: float, softcap: float | None) -> Tensor:
     """One sequence with a token mask: q (Hq, L, D), k and v (Hkv, N, D) -> (Hq, L, Dv)."""
-    mask = token_mask(plan, rows)
+    mask = token_mask(plan, rows, q.device)
     if softcap is None:
         return F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask[None], scale=scale, enable_gqa=True)[0]
     group = q.shape[0] // k.shape[0]
@@ -72,7 +81,7 @@ def flex_sequence(
     """One sequence through FlexAttention: q (Hq, L, D), k and v (Hkv, N, D) -> (Hq, L, Dv).
 
     attention: `flex_attention` itself, where it shall not be compiled. FlexAttention has no backward on a CPU: there the tests compare its
-    uncompiled forward with `masked_sequence`. The compiled one needs CUDA, where it has not been run yet.
+    uncompiled forward with `masked_sequence`. The compiled one needs CUDA.
     """
     # its rows start on a block boundary, the chunk behind a cached prefix may not: rows in front, dropped again below
     n_front = rows.offset % plan.block_size

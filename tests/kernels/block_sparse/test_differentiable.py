@@ -11,7 +11,14 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from accel.errors import UnsupportedError
 from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, ImplicitPlan, ListPlan, PagedKeys, Ragged, VerticalSlashPlan
-from accel.kernels.block_sparse.differentiable import differentiable_attention, flex_block_mask, flex_sequence, masked_sequence, token_mask
+from accel.kernels.block_sparse.differentiable import (
+    differentiable_attention,
+    flex_block_mask,
+    flex_sequence,
+    masked_sequence,
+    takes_flex,
+    token_mask,
+)
 from accel.kernels.block_sparse.naive import naive_attention
 
 BLOCK = 16
@@ -193,6 +200,20 @@ def test_the_block_mask_for_flexattention_is_the_token_mask(shape: str, plan_nam
         assert torch.equal(shown[:, n_front:], token_mask(plan, rows))
         head = torch.arange(shown.shape[0])[:, None, None]
         assert torch.equal(mask.mask_mod(torch.tensor(0), head, query, key).expand_as(shown), shown)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_the_mask_lies_where_the_queries_do(softcap: float | None) -> None:
+    # plans of patterns and of the host have their masks on the CPU; a device without values shows what would not reach a GPU
+    q, k, v = (torch.empty(heads, 45, 8, device="meta") for heads in (4, 2, 2))
+    rows = next(Ragged.of([45], [45]).rows())
+    assert masked_sequence(q, k, v, ImplicitPlan(BLOCK, 2), rows, scale=0.3, softcap=softcap).device.type == "meta"
+
+
+def test_flexattention_takes_large_blocks_on_cuda_alone() -> None:
+    cuda = torch.device("cuda", 0)
+    assert [takes_flex(cuda, block) for block in (16, 64, 128, 192, 256)] == [False, False, True, False, True]
+    assert not takes_flex(torch.device("cpu"), 128)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "soft-capped"])

@@ -25,7 +25,7 @@ class LayerStats:
     selection_s: float = 0.0        # host seconds spent planning, in sparse calls and in calls whose plan came out dense
     attention_s: float = 0.0        # host seconds spent in the sparse kernel
     # calls, active and causal tiles counted on a device that nobody has waited for yet, (3,) int64
-    unread: Tensor | None = field(default=None, repr=False)
+    unread: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def density(self) -> float | None:
@@ -208,10 +208,10 @@ class Stats:
 
     @property
     def layers(self) -> dict[int, LayerStats]:
-        """The counters by layer, to read."""
+        """The counters by layer, to read; without the layers of which nothing has been counted yet."""
         for layer in self._layers.values():
             layer.settle()
-        return self._layers
+        return {index: layer for index, layer in self._layers.items() if layer != LayerStats()}
 
     @property
     def total(self) -> LayerStats:

@@ -193,7 +193,7 @@ def _answer_ids(loaded: LoadedVisionModel, answer: str) -> Tensor:
     """(m,) int64: the answer's tokens and the end, where the tokenizer has one."""
     ids = list(loaded.tokenizer(answer, add_special_tokens=False)["input_ids"])
     end = getattr(loaded.tokenizer, "eos_token_id", None)
-    return torch.tensor(ids if end is None else [*ids, end])
+    return torch.tensor(ids if end is None else [*ids, end], device="cpu")
 
 
 def _forced(model: Any, prompt: Mapping[str, Any], answer: Tensor) -> Tensor:

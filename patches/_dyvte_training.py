@@ -144,7 +144,7 @@ def _fit(table: Table, training: RouterTraining, width: int, seed: int, *, devic
     agrees = table.agrees[is_held_out][:, kept]
     threshold = calibrate(shares, agrees, training.target_agreement)
     exits = exit_of(shares, threshold)
-    n_layers_seen = torch.tensor([*(table.layers[i] for i in kept), -1])[exits]
+    n_layers_seen = torch.tensor([*(table.layers[i] for i in kept), -1], device="cpu")[exits]
     left = n_layers_seen >= 0
     outcome = {
         "n": len(shares), "agreement": round(agreement(exits, agrees), 4), "exit_share": _number(left.float().mean()),
@@ -161,8 +161,8 @@ def _fit(table: Table, training: RouterTraining, width: int, seed: int, *, devic
 
 def held_out_rows(n: int, share: float, seed: int) -> Tensor:
     """(n,) bool: a share of the rows, at least one, drawn by seed."""
-    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: max(1, round(share * n))]
-    return torch.zeros(n, dtype=torch.bool).index_fill(0, chosen, True)
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed), device="cpu")[: max(1, round(share * n))]
+    return torch.zeros(n, dtype=torch.bool, device="cpu").index_fill(0, chosen, True)
 
 
 def new_routers(n_layers: int, hidden: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +171,7 @@ def new_routers(n_layers: int, hidden: int, width: int, seed: int) -> tuple[Tens
 
     def xavier(rows: int, columns: int) -> Tensor:
         bound = math.sqrt(6 / (rows + columns))
-        return torch.empty(n_layers, rows, columns).uniform_(-bound, bound, generator=draw)
+        return torch.empty(n_layers, rows, columns, device="cpu").uniform_(-bound, bound, generator=draw)
 
     return xavier(hidden, width), xavier(2, hidden)
 
@@ -190,11 +190,11 @@ def fit(
     scale = feature[~is_held_out].float().square().mean((0, 2)).sqrt().clamp_min(1e-6)
     x = (feature.float() / scale[:, None]).to(device)
     w1, w2 = (w.to(device).requires_grad_() for w in new_routers(n_layers, hidden, width, seed))
-    found = Trained(w1, w2, torch.zeros(n_layers, dtype=torch.int64))
+    found = Trained(w1, w2, torch.zeros(n_layers, dtype=torch.int64, device="cpu"))
     best = Trained(w1.detach().clone(), w2.detach().clone(), found.epoch.clone())
     optimizer = torch.optim.AdamW([w1, w2], lr=training.learning_rate, weight_decay=0)
     rows, held = (~is_held_out).nonzero().flatten(), is_held_out.nonzero().flatten().to(device)
-    record = torch.full((n_layers, 2), -math.inf)
+    record = torch.full((n_layers, 2), -math.inf, device="cpu")
     with progress_bar(training.max_epochs, "training routers", is_shown=show_progress) as advance:
         for epoch in range(1, training.max_epochs + 1):
             for part in _batches(rows, training.batch, seed * 1000 + epoch):
@@ -234,7 +234,7 @@ def _share(hits: Tensor, among: Tensor) -> Tensor:
 
 
 def _batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")
     for first in range(0, len(rows), size):
         yield rows[order[first : first + size]]
 

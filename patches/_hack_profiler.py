@@ -38,8 +38,8 @@ class Sums:
     @classmethod
     def of(cls, n_layers: int, n_heads: int, n_scales: int) -> Sums:
         """Nothing yet."""
-        sigma, unconditional, entropy, mass = (torch.zeros(n_layers, n_heads, dtype=torch.float64) for _ in range(4))
-        return cls(sigma, unconditional, entropy, torch.zeros(n_layers, n_heads, n_scales, n_scales, dtype=torch.float64), mass)
+        sigma, unconditional, entropy, mass = (torch.zeros(n_layers, n_heads, dtype=torch.float64, device="cpu") for _ in range(4))
+        return cls(sigma, unconditional, entropy, torch.zeros(n_layers, n_heads, n_scales, n_scales, dtype=torch.float64, device="cpu"), mass)
 
     def profile(self, info: ModelInfo, about: Mapping[str, str], described: str) -> HeadProfile:
         """The means, with what they were made of. about: model and weights."""
@@ -152,7 +152,7 @@ class HeadProfiler(CacheBudget):
         rows = evenly_spread(ctx.q.shape[2], N_ROWS, ctx.q.device)
         found = attention_moments(ctx.q, ctx.k, scale=ctx.scale, is_causal=False, rows=rows)
         # (B, H)
-        sigma, entropy = found.variance.double().sum(-1).cpu(), found.row_entropy.double().cpu() / torch.tensor(ctx.k.shape[2]).log()
+        sigma, entropy = found.variance.double().sum(-1).cpu(), found.row_entropy.double().cpu() / torch.tensor(ctx.k.shape[2], device="cpu").log()
         self.sums.sigma[ctx.layer] += sigma[:n_images].sum(0)
         self.sums.entropy[ctx.layer] += entropy[:n_images].sum(0)
         self.sums.sigma_unconditional[ctx.layer] += sigma[n_images:].sum(0)

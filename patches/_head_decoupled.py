@@ -59,7 +59,7 @@ def prior_scores(ctx: CompressionContext, scale_use: Tensor) -> Tensor:
     """
     assert ctx.scale_shapes is not None
     assert ctx.entry_scale is not None
-    sizes = torch.tensor([height * width for height, width in ctx.scale_shapes[: ctx.step + 1]])
+    sizes = torch.tensor([height * width for height, width in ctx.scale_shapes[: ctx.step + 1]], device="cpu")
     # (H, step + 1) -> (B, H, N)
     by_scale = (scale_use[:, ctx.step, : ctx.step + 1] / sizes).to(ctx.v.device)
     length: Tensor = torch.linalg.vector_norm(ctx.v.float(), dim=-1)

@@ -176,7 +176,7 @@ def classify(profile: HeadProfile, *, alpha: float | Literal["auto"], fallback: 
     flat = profile.sigma[is_measured].double().flatten()
     n = len(flat)
     count = automatic_count(flat, fallback, profile.window) if alpha == "auto" else math.ceil(alpha * n - 1e-9)
-    types = torch.zeros(n, dtype=torch.bool)
+    types = torch.zeros(n, dtype=torch.bool, device="cpu")
     types[flat.argsort(stable=True)[:count]] = True
     if has_diffuse_guard:
         types &= profile.entropy[is_measured].flatten() <= DIFFUSE

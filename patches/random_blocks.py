@@ -67,8 +67,8 @@ class RandomBlocks(SparseAttention):
         forced = distance == 0
         forced[:, 0] = True
         n_kept = max(round(self.density * int(causal.sum())), int(forced.sum()))
-        generator = torch.Generator().manual_seed(self._seed_of(rows, layer))
-        draw = torch.rand(n_heads, *distance.shape, dtype=torch.float32, generator=generator)
+        generator = torch.Generator("cpu").manual_seed(self._seed_of(rows, layer))
+        draw = torch.rand(n_heads, *distance.shape, dtype=torch.float32, generator=generator, device="cpu")
         # forced tiles win every draw, tiles above the diagonal none
         draw = draw.masked_fill_(forced, 2.0).masked_fill_(~causal, -1.0).flatten(1)
         kept = draw.topk(n_kept, sorted=False).indices

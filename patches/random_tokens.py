@@ -39,8 +39,10 @@ class RandomTokens(ScopedPruning):
 
     def _draws(self, units: Sequence[Unit], lens: Sequence[int], device: torch.device) -> list[Tensor]:
         """(n,) fp32 in [0, 1) per unit; one generator per sequence, always on the CPU, so that devices agree."""
-        generators = {b: torch.Generator().manual_seed(self._seed_of([u for u in units if u.sequence == b])) for b in {u.sequence for u in units}}
-        return [torch.rand(n, dtype=torch.float32, generator=generators[unit.sequence]).to(device) for unit, n in zip(units, lens, strict=True)]
+        of_sequence = {b: [u for u in units if u.sequence == b] for b in {u.sequence for u in units}}
+        generators = {b: torch.Generator("cpu").manual_seed(self._seed_of(own)) for b, own in of_sequence.items()}
+        draws = [torch.rand(n, dtype=torch.float32, generator=generators[u.sequence], device="cpu") for u, n in zip(units, lens, strict=True)]
+        return [draw.to(device) for draw in draws]
 
     def _seed_of(self, units: Sequence[Unit]) -> int:
         """A seed from the sizes of one sequence. torch's generator reads 32 bits of it, hence the hash."""

@@ -70,8 +70,8 @@ class Streaming(SparseAttention):
 
         if self.density is None:
             return ImplicitPlan(self.block_size, self.window_blocks, self.sink_blocks, powers=False)
-        block = torch.arange(-(-ctx.lens.max_kv // self.block_size))
-        windows = torch.tensor([self.window_at(rows.q_len, rows.kv_len) for rows in ctx.lens.rows()])
+        block = torch.arange(-(-ctx.lens.max_kv // self.block_size), device="cpu")
+        windows = torch.tensor([self.window_at(rows.q_len, rows.kv_len) for rows in ctx.lens.rows()], device="cpu")
         # (B, 1, nk): every head alike
         sinks = (block < self.sink_blocks).expand(len(windows), 1, -1)
         return VerticalSlashPlan(self.block_size, vertical=sinks, slash=(block < windows[:, None])[:, None])

@@ -286,8 +286,10 @@ class VFlowOpt(TokenPruning):
             return None
         maps, own = torch.unique(place[:, 0], return_inverse=True)
         # fp64: the same cells on every device
-        side = torch.bincount(own).double().div(8).sqrt() if self.cell is None else torch.full(maps.shape, float(self.cell), dtype=torch.float64)
-        side = side.to(place.device)
+        if self.cell is None:
+            side = torch.bincount(own).double().div(8).sqrt()
+        else:
+            side = torch.full(maps.shape, float(self.cell), dtype=torch.float64, device=place.device)
         while True:
             cells = cells_of(place, side[own])
             found = recycled(order, cells, importance, n_kept)

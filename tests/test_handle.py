@@ -121,6 +121,7 @@ def test_a_reset_keeps_the_tensor_in_which_a_captured_graph_counts(handle: Handl
     layer.count_sparse(torch.tensor([3, 10]), is_deferred=True)
     unread = layer.unread
     handle.stats.reset()
+    assert handle.stats.layers == {}, "what was pending is gone, and an entry of zeros would say that the layer ran"
     assert handle.stats.total.sparse_calls == 0
     assert handle.stats.layer(0).unread is unread
     # as a replay does

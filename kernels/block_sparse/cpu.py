@@ -98,7 +98,7 @@ def clear_gaps(lens: Ragged, out: Tensor, lse: Tensor | None) -> None:
     """Sets the rows that belong to no sequence to 0, their LSE to −inf."""
     if int(lens.q_len.sum()) == out.shape[0]:
         return
-    is_gap = torch.ones(out.shape[0], dtype=torch.bool)
+    is_gap = torch.ones(out.shape[0], dtype=torch.bool, device="cpu")
     for rows in lens.rows():
         is_gap[rows.q_start : rows.q_start + rows.q_len] = False
     out[is_gap] = 0

@@ -55,7 +55,7 @@ class Workspace(threading.local):
         if flat is None or flat.shape[0] < size:
             # a tensor born in inference mode could not be written outside it
             with torch.inference_mode(False):
-                flat = torch.empty(size, dtype=dtype)
+                flat = torch.empty(size, dtype=dtype, device="cpu")
             self._flat[name, dtype] = flat
         return flat[:size].view(shape)
 

@@ -40,7 +40,7 @@ def attend_decode(problem: Problem) -> None:
     else:
         blocks = problem.mask.any(0).any(0).nonzero()[:, 0]
         k, v = problem.keys.gather(rows.index, blocks, problem.block_size)
-        token = (blocks[:, None] * problem.block_size + torch.arange(problem.block_size)).flatten()
+        token = (blocks[:, None] * problem.block_size + torch.arange(problem.block_size, device="cpu")).flatten()
     # (L, Hkv · G, D) -> (Hkv, G · L, D)
     q = problem.q[here].transpose(0, 1).reshape(-1, group * rows.q_len, problem.q.shape[2])
     scores = products(q, k, problem).mul_(problem.scale)
@@ -65,8 +65,8 @@ def visible_tokens(problem: Problem, token: Tensor | None) -> Tensor:
     """Which of the gathered tokens each row sees, (Hq or 1, L, keys) bool. Where None: which of the last L, for all before them are seen."""
     rows = problem.rows
     if token is None or problem.mask is None:
-        return torch.ones(1, rows.q_len, rows.q_len, dtype=torch.bool).tril()
-    position = torch.arange(rows.offset, rows.kv_len)
+        return torch.ones(1, rows.q_len, rows.q_len, dtype=torch.bool, device="cpu").tril()
+    position = torch.arange(rows.offset, rows.kv_len, device="cpu")
     own_block = position // problem.block_size - rows.first_block(problem.block_size)
     listed = problem.mask[:, own_block][:, :, token // problem.block_size]
     return listed & (token <= position[:, None])

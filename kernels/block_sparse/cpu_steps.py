@@ -53,7 +53,7 @@ def schedule(mask: Tensor, kv_heads: range, group: int, first_block: int, max_bl
     ends = sizes.cumsum(0)
     # entry e of the sorted lists belongs to the tile it falls into; its place in `packed` differs by a shift per tile
     shift = (counts.cumsum(0) - counts)[order] - (ends - sizes)
-    blocks = packed[torch.arange(packed.shape[0]) + shift.repeat_interleave(sizes)]
+    blocks = packed[torch.arange(packed.shape[0], device="cpu") + shift.repeat_interleave(sizes)]
 
     places = [(t // (per_kv * nq), t // nq % per_kv * heads_per_tile, t % nq) for t in order.tolist()]
     n_empty = int((sizes == 0).sum())

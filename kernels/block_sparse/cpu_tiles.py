@@ -59,7 +59,7 @@ class Grid:
         n, first_row = rows.query_blocks(b), rows.first_block(b) * b - rows.offset
         # the only tile of a short call is no taller than its rows
         height, lead = (rows.q_len, -first_row) if n == 1 else (b, 0)
-        hidden = torch.ones(height, b, dtype=torch.bool).triu(lead + 1)
+        hidden = torch.ones(height, b, dtype=torch.bool, device="cpu").triu(lead + 1)
         return cls([Tile.of(problem, first_row + lead + i * b, height) for i in range(n)], height, hidden)
 
 
@@ -98,7 +98,7 @@ def step_blocks() -> int:
 def causal_mask(problem: Problem) -> Tensor:
     """Every tile at or below the diagonal, (1, nq, nk) bool."""
     nq, nk = problem.rows.query_blocks(problem.block_size), problem.rows.key_blocks(problem.block_size)
-    return torch.ones(1, nq, nk, dtype=torch.bool).tril(problem.rows.first_block(problem.block_size))
+    return torch.ones(1, nq, nk, dtype=torch.bool, device="cpu").tril(problem.rows.first_block(problem.block_size))
 
 
 def pack_heads(problem: Problem, heads: range) -> Pack:
@@ -214,7 +214,7 @@ def torch_attention(problem: Problem, q: Tensor, k: Tensor, v: Tensor, hidden: T
     """The same through torch's own kernel, for machines whose batched products are slow (kernels.md §2.4 b). No soft-cap, no LSE."""
     visible = None
     if hidden is not None:
-        visible = torch.ones(q.shape[2], k.shape[1], dtype=torch.bool)
+        visible = torch.ones(q.shape[2], k.shape[1], dtype=torch.bool, device="cpu")
         visible[:, -hidden.shape[1] :] = ~hidden
     shared_k, shared_v = (t[:, None].expand(-1, q.shape[1], -1, -1) for t in (k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, shared_k, shared_v, attn_mask=visible, scale=problem.scale)

@@ -6,10 +6,12 @@ A plan never lists a block twice and never one above the diagonal; causality ins
 
 from __future__ import annotations
 
+import copy
 import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,6 +34,15 @@ class BlockPlan(ABC):
         if mask.shape[0] not in (1, n_heads):
             raise ValueError(f"the plan describes {mask.shape[0]} heads, q has {n_heads}")
         return mask
+
+    def to(self, device: torch.device) -> Self:
+        """The plan with its tensors on `device`; itself where they are there already."""
+        moved = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor) and t.device != device}
+        if not moved:
+            return self
+        plan = copy.copy(self)
+        vars(plan).update(moved)
+        return plan
 
     @abstractmethod
     def active_tiles(self, lens: Ragged, n_heads: int) -> Tensor:
@@ -91,7 +102,7 @@ class ImplicitPlan(BlockPlan):
 
     def block_mask(self, rows: Rows) -> Tensor:
         distance = causal_blocks(rows, self.block_size)
-        return (self.lists(distance, torch.arange(distance.shape[1])) & (distance >= 0))[None]
+        return (self.lists(distance, torch.arange(distance.shape[1], device=distance.device)) & (distance >= 0))[None]
 
     def lists(self, distance: Tensor, key_block: Tensor) -> Tensor:
         """Whether the query block `distance` blocks further on lists the key block; for distances of 0 and more. Waits for no device."""
@@ -197,8 +208,8 @@ class ListPlan(BlockPlan):
         if longest > width:
             raise ValueError(f"a row lists {longest} key blocks, but the capacity is {width}")
         shape = (len(masks), n_heads, nq)
-        counts = [torch.zeros(shape, dtype=torch.int32) for _ in range(2)]
-        indices = [torch.zeros(*shape, max(width, 1), dtype=torch.int32) for _ in range(2)]
+        counts = [torch.zeros(shape, dtype=torch.int32, device="cpu") for _ in range(2)]
+        indices = [torch.zeros(*shape, max(width, 1), dtype=torch.int32, device="cpu") for _ in range(2)]
         for rows, mask in zip(all_rows, masks, strict=True):
             distance = causal_blocks(rows, block_size)
             n = distance.shape[0]

@@ -20,9 +20,9 @@ def select_sequence(q: Tensor, k: Tensor, rows: Rows, rule: SelectionRule, *, sc
     heads = [_select_head(q[:, h], k[h // group], rows, rule, scale, softcap) for h in range(q.shape[1])]
     vertical, slash, extra, is_finite = (torch.stack(part) for part in zip(*(h[:4] for h in heads), strict=True))
     details = [h[4] for h in heads]
-    is_query_aware = torch.tensor([d["is_query_aware"] for d in details])
+    is_query_aware = torch.tensor([d["is_query_aware"] for d in details], device="cpu")
     aware = is_query_aware.nonzero()[:, 0]
-    diagnostics = HeadDiagnostics(**{name: torch.stack([torch.as_tensor(d[name]) for d in details]) for name in details[0]})
+    diagnostics = HeadDiagnostics(**{name: torch.stack([torch.as_tensor(d[name], device="cpu") for d in details]) for name in details[0]})
     return SequenceSelection(vertical, slash, aware, extra[aware] if aware.numel() else None, is_finite, diagnostics)
 
 
@@ -30,8 +30,8 @@ def probe_attention(q: Tensor, k: Tensor, rows: Rows, block_size: int, scale: fl
     """Â, the dense attention of the probe rows of one head, (ℓ, N). q: (L, D), k: (N, D). §2.3"""
     length = min(block_size, rows.q_len)
     logits = _capped(q[-length:] @ k.T * scale, softcap)
-    position = torch.arange(rows.kv_len - length, rows.kv_len)
-    return logits.masked_fill(torch.arange(rows.kv_len) > position[:, None], -math.inf).softmax(-1)
+    position = torch.arange(rows.kv_len - length, rows.kv_len, device="cpu")
+    return logits.masked_fill(torch.arange(rows.kv_len, device="cpu") > position[:, None], -math.inf).softmax(-1)
 
 
 def distance_mass(attention: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def lines(tokens: int, block_mass: Tensor, n_forced: int, is_query_aware: bool, 
             count += 1
     low, high = rule.budget(nk, n_forced)
     count = low if is_query_aware else min(max(count, low), high)
-    kept = torch.zeros(nk, dtype=torch.bool)
+    kept = torch.zeros(nk, dtype=torch.bool, device="cpu")
     kept[order[:count]] = True
     return kept, count
 
@@ -133,7 +133,7 @@ def _select_head(
     is_finite = attention.isfinite().all() & (pooled.isfinite().all() | (not is_query_aware))
     details: dict[str, Tensor | float | int | bool] = {
         "is_query_aware": is_query_aware,
-        "distance": torch.tensor(distance, dtype=torch.float64),
+        "distance": torch.tensor(distance, dtype=torch.float64, device="cpu"),
         "vertical_tokens": vertical_tokens,
         "slash_tokens": slash_tokens,
         "vertical_blocks": n_vertical,
@@ -159,7 +159,7 @@ def pooled_map(q: Tensor, mean_keys: Tensor, rows: Rows, b: int, scale: float, s
 def query_aware_tiles(pooled: Tensor, rows: Rows, rule: SelectionRule) -> Tensor:
     """The fewest tiles that hold gamma of the map, or of each row, (nq, nk) bool. §2.7"""
     nq, nk = pooled.shape
-    kept = torch.zeros(nq, nk, dtype=torch.bool)
+    kept = torch.zeros(nq, nk, dtype=torch.bool, device="cpu")
     whole = [(i, j) for i in range(nq) for j in range(nk)]
     scopes = [whole] if rule.qa_scope == "global" else [[(i, j) for j in range(nk)] for i in range(nq)]
     for tiles in scopes:
@@ -174,7 +174,7 @@ def query_aware_tiles(pooled: Tensor, rows: Rows, rule: SelectionRule) -> Tensor
             if not rule.is_published and total >= threshold:
                 break
     first = rows.first_block(rule.block_size)
-    return kept & (torch.arange(nk) <= torch.arange(first, first + nq)[:, None])
+    return kept & (torch.arange(nk, device="cpu") <= torch.arange(first, first + nq, device="cpu")[:, None])
 
 
 def _tile_mass(attention: Tensor, rows: Rows, b: int) -> Tensor:

@@ -88,7 +88,7 @@ def _index(heads: tuple[int, ...], each: int) -> Tensor:
     """Query heads of some KV heads."""
     # a tensor born in inference mode could not be used outside it
     with torch.inference_mode(False):
-        return torch.tensor([head * each + i for head in heads for i in range(each)])
+        return torch.tensor([head * each + i for head in heads for i in range(each)], device="cpu")
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, *, scale: float, n_causal: int) -> Tensor:
@@ -115,8 +115,8 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, *, scale: float, n_causal: int) -
 
 def _seen(rows: range, n: int, *, n_rows: int, n_causal: int) -> Tensor:
     """Which of n entries these rows see, (len(rows), n) bool."""
-    limit = torch.tensor([n_visible(n, row, n_rows=n_rows, n_causal=n_causal) for row in rows])
-    return torch.arange(n) < limit[:, None]
+    limit = torch.tensor([n_visible(n, row, n_rows=n_rows, n_causal=n_causal) for row in rows], device="cpu")
+    return torch.arange(n, device="cpu") < limit[:, None]
 
 
 def _by_products(
@@ -135,7 +135,7 @@ def _by_products(
         for heads, rows in _tiles(b_q.shape[0], b_q.shape[1], b_k.shape[1]):
             scores = _scores(b_q[heads, rows], b_k[heads]).mul_(scale)
             finish_scores(scores, softcap)
-            hidden = None if seen is None else ~seen[torch.arange(rows.start, rows.stop) % n_rows]
+            hidden = None if seen is None else ~seen[torch.arange(rows.start, rows.stop, device="cpu") % n_rows]
             if hidden is not None:
                 scores.masked_fill_(hidden, -torch.inf)
             found = softmax_with_lse(scores, wants_lse=wants_lse)

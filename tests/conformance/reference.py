@@ -109,10 +109,10 @@ def _restrict(allowed: Tensor, plan: Any, rows: Any, length: int) -> None:
     # the last row of a sequence sees all of its keys: the first of them is where the block grid begins
     first_key = int(own[0, -1].to(torch.int8).argmax())
     assert int(own[0, -1].sum()) == rows.kv_len
-    position = torch.arange(rows.q_len) + rows.offset
-    block = position // plan.block_size - rows.first_block(plan.block_size)
-    listed = plan.block_mask(rows)[:, block][:, :, torch.arange(rows.kv_len) // plan.block_size]
-    own[:, :, first_key : first_key + rows.kv_len] &= listed
+    tiles = plan.block_mask(rows).to(own.device)
+    position, key = (torch.arange(n, device=own.device) for n in (rows.q_len, rows.kv_len))
+    block = (position + rows.offset) // plan.block_size - rows.first_block(plan.block_size)
+    own[:, :, first_key : first_key + rows.kv_len] &= tiles[:, block][:, :, key // plan.block_size]
 
 
 def _mask(*, q_offset: int | Tensor = 0, **arguments: Any) -> Tensor:

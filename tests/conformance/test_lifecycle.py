@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import gc
 import pickle
 import weakref
@@ -110,6 +111,26 @@ def test_a_pickled_model_comes_back_dense(case: MethodCase) -> None:
         assert not torch.equal(logits(loaded), dense)
         assert handle.stats.total.sparse_calls > 0
     assert torch.equal(logits(loaded), dense)
+
+
+@pytest.mark.parametrize("method", ["powerattention", "h2o", "fastv"])
+def test_a_patched_config_names_a_plain_string_and_its_copies_the_original(method: str) -> None:
+    model = subject("llava").model
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    before = dict(copyreg.dispatch_table)
+    with accel.apply(model, method):
+        names = [config._attn_implementation for config in configs]
+        # Dynamo of torch 2.11 traces no methods of a subclass, and transformers asks names how they start
+        assert {type(name) for name in names} == {str}
+        patched = [config for config, name in zip(configs, names, strict=True) if name != "sdpa"]
+        assert patched
+        for config in patched:
+            for twin in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+                assert type(twin) is type(config)
+                assert twin._attn_implementation == "sdpa"
+                assert twin.to_dict() == config.to_dict()
+        assert [config._attn_implementation for config in configs] == names
+    assert copyreg.dispatch_table == before
 
 
 @pytest.mark.parametrize("name", ["llama", "llava"])

@@ -187,7 +187,7 @@ def _check_attention(module: Any) -> None:
     # shares the weights; what an aborted generation may have left on the module is not read and stays
     probe = copy.copy(module)
     probe.kv_caching(False)
-    x = torch.randn(1, 5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(1, 5, weight.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     expected, got = type(module).forward(probe, x, None).float(), _attention(probe, x, cache=_Whole(), layer=0).float()
     allowed = TOLERANCE.get(weight.dtype, TOLERANCE_IN_HALF) * expected.abs().max()
     if not (expected - got).abs().max() <= allowed:

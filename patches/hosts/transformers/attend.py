@@ -122,7 +122,8 @@ def as_tokens(call: Call) -> tuple[Tensor, ContiguousKeys, Ragged] | None:
     # rows of this call before the first or behind the last token of their sequence are padding
     first, last = ((t - call.offset).clamp(0, length) for t in (start, end))
     rows = torch.arange(batch, device=device) * length + first
-    lens = Ragged(q_start=rows, q_len=last - first, kv_len=end - start, max_q=length, max_kv=call.most_keys)
+    n_gapless = batch * length if call.valid is None else 0
+    lens = Ragged(q_start=rows, q_len=last - first, kv_len=end - start, max_q=length, max_kv=call.most_keys, n_gapless=n_gapless)
     return _token_rows(call.q.transpose(1, 2)), _key_view(call.k, call.v, start, end - start), lens
 
 
@@ -171,7 +172,9 @@ def _plan(state: LayerState, call: Call, tokens: Tensor, keys: ContiguousKeys, l
     static = state.method.static_pattern(step)
     if static is not None:
         return static
-    return state.method.plan(tokens, keys, AttentionContext(step=step, lens=lens, scale=call.scale, softcap=call.softcap))
+    plan = state.method.plan(tokens, keys, AttentionContext(step=step, lens=lens, scale=call.scale, softcap=call.softcap))
+    # some methods draw their plan on the host
+    return plan if isinstance(plan, RunDense) else plan.to(tokens.device)
 
 
 def _own_attention(state: LayerState, call: Call, reason: str) -> Tensor:

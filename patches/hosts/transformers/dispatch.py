@@ -30,23 +30,9 @@ def dispatcher_name(original: str) -> str:
     return f"{PREFIX}_{original.replace('flash', 'fa').replace('/', '--')}"
 
 
-class _Name(str):
-    """One of our names. Copies and pickles of a config name the original instead: another process may never have registered ours."""
-
-    __slots__ = ("original",)
-    original: str
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> str:
-        return self.original
-
-    def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        return str, (self.original,)
-
-
 def register(original: str) -> str:
     """Registers dispatcher and mask function in front of `original`, once, and returns their name."""
-    name = _Name(dispatcher_name(original))
-    name.original = original
+    name = dispatcher_name(original)
     if name not in _ORIGINALS:
         _ORIGINALS[name] = original
         AttentionInterface.register(name, dispatcher_for(original))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from accel.handle import Handle
+from accel.patches.hosts.transformers.dispatch import original_of
 
 
 @dataclass
@@ -33,6 +35,7 @@ def switch_implementation(config: Any, name: str, handle: Handle, *, is_needed: 
     current = config._attn_implementation_internal
     if entry is None:
         entry = _SWITCHED[id(config)] = _Switched(config, current, name)
+        copyreg.dispatch_table.setdefault(type(config), _reduce)
     elif current != entry.name:
         # somebody called set_attn_implementation since: theirs is what the last undo gives back
         entry.original, entry.name = current, name
@@ -55,6 +58,19 @@ def _release(config_id: int, handle_id: int) -> None:
         if entry.config._attn_implementation_internal == entry.name:
             entry.config._attn_implementation_internal = entry.original
         del _SWITCHED[config_id]
+        cls = type(entry.config)
+        if copyreg.dispatch_table.get(cls) is _reduce and all(type(other.config) is not cls for other in _SWITCHED.values()):
+            del copyreg.dispatch_table[cls]
+
+
+def _reduce(config: Any) -> tuple[Any, ...]:
+    """How copies and pickles of a config are made while one of its class is patched: they name the original, which every process knows.
+
+    The name itself must stay a plain string, and the config of its own class: Dynamo traces through both.
+    """
+    make, arguments, state, *rest = config.__reduce_ex__(2)
+    original = original_of(state.get("_attn_implementation_internal"))
+    return make, arguments, state if original is None else {**state, "_attn_implementation_internal": original}, *rest
 
 
 def _why_out_of_use(entry: _Switched) -> str | None:

@@ -33,7 +33,7 @@ class Slot:
         # keeps the handle alive as long as the model; `LAYERS` must not, or a model thrown away while patched would stay
         self.handle = handle
         self.is_on = True
-        self.ticks = torch.zeros((), dtype=torch.int64)
+        self.ticks = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         return Slot(UNPATCHED)

@@ -135,3 +135,15 @@ def test_tiles_are_counted_as_the_masks_say_and_without_reading_a_value(lens, bl
         with NoHostReads():
             found = plan.tile_counts(lens, heads)
         assert found.tolist() == want
+
+
+def test_a_plan_moves_with_all_of_its_tensors():
+    lines, tiles = torch.ones(1, 2, 3, dtype=torch.bool), torch.ones(1, 2, 3, 3, dtype=torch.bool)
+    here = VerticalSlashPlan(16, lines, lines, tiles)
+    assert here.to(torch.device("cpu")) is here
+    there = here.to(torch.device("meta"))
+    assert {there.vertical.device.type, there.slash.device.type, there.extra.device.type} == {"meta"}
+    assert there.block_size == 16
+    assert here.extra.device.type == "cpu"
+    implicit = ImplicitPlan.dense(16)
+    assert implicit.to(torch.device("meta")) is implicit

@@ -168,7 +168,7 @@ class StaticLogicalLayer(_Armed, StaticLayer):      # type: ignore[misc]
 
     def __init__(self, stock: StaticLayer, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
-        self.seen = torch.zeros((), dtype=torch.int64)
+        self.seen = torch.zeros((), dtype=torch.int64, device="cpu")
         self.index: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

@@ -37,8 +37,7 @@ class Watcher:
         return Watcher(None, copy.deepcopy(self.config, memo), self.inner)
 
     def __reduce__(self) -> Any:
-        # `str`: a name of ours would be pickled as the original, and the watched one not be registered
-        return _blind, (self.config, str(self.inner))
+        return _blind, (self.config, self.inner)
 
 
 def _blind(config: Any, inner: str) -> Watcher:

@@ -62,11 +62,11 @@ def begin_pass(prompt: Prompt, past: int, length: int, padding: Tensor | None) -
         stays = stays & (whole.cumsum(1) > 0)[:, past:]
         is_real = whole[:, past:].clone()
     is_real[:, max(0, prompt.n_asked - past) :] = False
-    newest = (is_real * torch.arange(1, length + 1)).amax(1) - 1
+    newest = (is_real * torch.arange(1, length + 1, device="cpu")).amax(1) - 1
     found = Pass(prompt, past, length, stays, is_real, ordinal, newest.clamp_min(0), list(prompt.cuts))
     if found.is_last:
         # whatever a method says: the answer begins behind the last token
-        found.stays[torch.arange(len(newest)), found.newest] = True
+        found.stays[torch.arange(len(newest), device="cpu"), found.newest] = True
         found.stays[:, -1] = True
     return found
 
@@ -94,7 +94,7 @@ def drop(running: Pass, cut: Cut, hidden: Tensor, kwargs: dict[str, Any], handle
     most = max(1, int(count.max()))
     # stable: the columns that are left come last, in order
     index = is_left.long().argsort(dim=1, stable=True)[:, is_left.shape[1] - most :]
-    is_hole = torch.arange(most) < (most - count)[:, None]
+    is_hole = torch.arange(most, device="cpu") < (most - count)[:, None]
     taken = _places(index, running.index, running.length)
     running.index = index.masked_fill(is_hole, -1)
     device = hidden.device
@@ -110,7 +110,7 @@ def drop(running: Pass, cut: Cut, hidden: Tensor, kwargs: dict[str, Any], handle
 def _ask(running: Pass, asked: Asked, hidden: Tensor, kwargs: dict[str, Any], handle: Handle) -> tuple[Tensor | None, Tensor]:
     """Asks a stage that looks at hidden states; what it leaves (B, V), and the hidden states with merged rows. None where it keeps all."""
     prompt, tokens = running.prompt, running.prompt.tokens
-    index = torch.arange(running.length).expand(len(running.stays), -1) if running.index is None else running.index
+    index = torch.arange(running.length, device="cpu").expand(len(running.stays), -1) if running.index is None else running.index
     exists = index >= 0
     ordinal = running.ordinal.gather(1, index.clamp_min(0)).masked_fill(~exists, -1)
     is_token = ordinal >= 0
@@ -152,7 +152,7 @@ def _answered(running: Pass, asked: Asked, keep: Keep, ordinal: Tensor, index: T
     in_sight = alive
     remember_scores(prompt, asked, as_visual)
     if keep.hidden is not None:
-        hidden = torch.zeros(running.stays.shape, dtype=torch.bool) if running.hidden is None else running.hidden
+        hidden = torch.zeros(running.stays.shape, dtype=torch.bool, device="cpu") if running.hidden is None else running.hidden
         rows, places = keep.hidden.cpu().nonzero(as_tuple=True)
         hidden[rows, index[rows, places].clamp_min(0)] = True
         running.hidden = hidden
@@ -168,7 +168,7 @@ def _places(index: Tensor, before: Tensor | None, length: int) -> Tensor:
     """Where the columns `index` (B, m) stand among the columns `before` (B, m'), holes anywhere."""
     if before is None:
         return index
-    at = torch.zeros(len(index), length, dtype=torch.int64)
+    at = torch.zeros(len(index), length, dtype=torch.int64, device="cpu")
     rows, places = (before >= 0).nonzero(as_tuple=True)
     at[rows, before[rows, places]] = places
     return at.gather(1, index)

@@ -14,7 +14,7 @@ from accel.patches.hosts.transformers.pruning.passes import Pass
 def compacted(running: Pass, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """A decoder's arguments for a pass of a prompt. Later passes go on from there: the first cache layer knows how many tokens are gone."""
     prompt = running.prompt
-    gone = torch.zeros(prompt.ids.shape, dtype=torch.int64)
+    gone = torch.zeros(prompt.ids.shape, dtype=torch.int64, device="cpu")
     rows, ordinals = (prompt.tokens.exists & ~prompt.front()).nonzero(as_tuple=True)
     gone[rows, prompt.tokens.column[rows, ordinals]] = 1
     device = kwargs["inputs_embeds"].device

@@ -106,16 +106,16 @@ def visual_tokens(ids: Tensor, token_ids: dict[Modality, int], pictures: dict[Mo
             picture = s.picture
             own["column"].append(columns)
             own["unit"].append(picture.unit + len(units))
-            own["place"].append(picture.place + torch.tensor([n_maps, 0, 0]))
+            own["place"].append(picture.place + torch.tensor([n_maps, 0, 0], device="cpu"))
             own["visual"].append(~picture.is_structural)
             own["structural"].append(picture.is_structural)
             units += [replace(u, sequence=b, picture=number) for u in picture.units]
             n_maps += int(picture.place[:, 0].max()) + 1
         order = torch.cat(own["column"]).argsort() if row else None
         for name in parts:
-            empty = torch.zeros((0, 3) if name == "place" else 0, dtype=torch.bool if name in ("visual", "structural") else torch.int64)
+            empty = torch.zeros((0, 3) if name == "place" else 0, dtype=torch.bool if name in ("visual", "structural") else torch.int64, device="cpu")
             parts[name].append(torch.cat(own[name])[order] if row else empty)
-        if order is not None and not torch.equal(order, torch.arange(len(order))):
+        if order is not None and not torch.equal(order, torch.arange(len(order), device="cpu")):
             raise AccelError("the tokens of two pictures lie inside each other: accel cannot tell which token belongs to which")
 
     def pad(name: str, value: Any) -> Tensor:
@@ -199,7 +199,7 @@ class Prompt:
 
     def ordinal(self, first: int, n: int) -> Tensor:
         """(B, n) int64: which visual token stands in columns `first` … `first + n − 1`, −1 for text."""
-        found = torch.full(self.ids.shape, -1)
+        found = torch.full(self.ids.shape, -1, device="cpu")
         rows, ordinals = self.tokens.exists.nonzero(as_tuple=True)
         found[rows, self.tokens.column[rows, ordinals]] = ordinals
         return found[:, first : first + n]
@@ -236,7 +236,7 @@ def _context_ahead(prompt: Prompt, asked: Asked, alive: Tensor) -> PruningContex
     is_front = asked.stage.layer is None
     if is_front and prompt.features is None:
         prompt.features = tokens.features()
-    features = prompt.features if is_front and prompt.features is not None else torch.zeros(*alive.shape, 0, dtype=torch.float32)
+    features = prompt.features if is_front and prompt.features is not None else torch.zeros(*alive.shape, 0, dtype=torch.float32, device="cpu")
     device = features.device
     return PruningContext(
         stage=asked.stage, units=tokens.units, features=features,
@@ -255,7 +255,7 @@ def kept_tokens(keep: Keep, alive: Tensor) -> Tensor:
     """(B, V) bool on the CPU: those of `alive` that the answer lists."""
     index, ok = keep.index.cpu(), keep.ok.cpu()
     found = torch.zeros_like(alive)
-    rows = torch.arange(len(alive))[:, None].expand_as(index)
+    rows = torch.arange(len(alive), device="cpu")[:, None].expand_as(index)
     found[rows[ok], index[ok]] = True
     if bool((found & ~alive).any()):
         raise AccelError("a pruning method kept a token that an earlier stage had dropped")
@@ -266,9 +266,9 @@ def remember_scores(prompt: Prompt, asked: Asked, keep: Keep) -> None:
     """Keeps what a stage ranked by for the later stages of its method. `keep` lists visual tokens."""
     if keep.scores is None:
         return
-    scores = torch.zeros(prompt.tokens.exists.shape, dtype=torch.float32)
+    scores = torch.zeros(prompt.tokens.exists.shape, dtype=torch.float32, device="cpu")
     index, ok = keep.index.cpu(), keep.ok.cpu()
-    rows = torch.arange(len(index))[:, None].expand_as(index)
+    rows = torch.arange(len(index), device="cpu")[:, None].expand_as(index)
     scores[rows[ok], index[ok]] = keep.scores.float().cpu()[ok]
     prompt.scores[asked.number] = scores
 
@@ -290,7 +290,7 @@ def report(prompt: Prompt, asked: Asked, alive: Tensor, merge: Merge | None, han
     """Tells the observers what a stage left."""
 
     def event() -> PruningEvent:
-        anchor = torch.full(alive.shape, -1)
+        anchor = torch.full(alive.shape, -1, device="cpu")
         if merge is not None:
             rows, entries = (merge.weight > 0).nonzero(as_tuple=True)
             anchor[rows.cpu(), merge.source[rows, entries].cpu()] = merge.anchor[rows, entries].cpu()

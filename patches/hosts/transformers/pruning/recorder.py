@@ -122,4 +122,4 @@ def grey_patches(family: VisionFamily, base: Any, modality: Modality, call: dict
 def _per_colour(given: float | tuple[float, ...] | None, own: tuple[float, ...]) -> Tensor:
     """(colours, 1) fp32."""
     values = own if given is None else given if isinstance(given, (tuple, list)) else (given,) * len(own)
-    return torch.tensor(values)[:, None]
+    return torch.tensor(values, device="cpu")[:, None]

@@ -51,19 +51,19 @@ class Picture:
 
 def grid_picture(height: int, width: int, *, modality: Modality = "image", merge: int = 1) -> Picture:
     """One tile that is one segment: height × width tokens in rows, each the mean of merge × merge patches that lie in rows too."""
-    row, column = (t.flatten() for t in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    row, column = (t.flatten() for t in torch.meshgrid(torch.arange(height, device="cpu"), torch.arange(width, device="cpu"), indexing="ij"))
     n = height * width
-    step = torch.arange(merge)
+    step = torch.arange(merge, device="cpu")
     # (n, merge, merge): patch rows of `width · merge`
     patches = (row[:, None, None] * merge + step[:, None]) * (width * merge) + column[:, None, None] * merge + step
     return Picture(
         units=(Unit(0, n, height, width, modality=modality),),
-        unit=torch.zeros(n, dtype=torch.int64),
+        unit=torch.zeros(n, dtype=torch.int64, device="cpu"),
         place=torch.stack([torch.zeros_like(row), row, column], 1),
-        is_structural=torch.zeros(n, dtype=torch.bool),
+        is_structural=torch.zeros(n, dtype=torch.bool, device="cpu"),
         segments=(n * merge * merge,),
         source=patches.flatten(1),
-        weight=torch.full((n, merge * merge), 1 / (merge * merge), dtype=torch.float32),
+        weight=torch.full((n, merge * merge), 1 / (merge * merge), dtype=torch.float32, device="cpu"),
     )
 
 
@@ -75,7 +75,7 @@ def joined(pictures: Sequence[Picture]) -> Picture:
     for p in pictures:
         pad = (0, taps - p.source.shape[1])
         parts["unit"].append(p.unit + n_units)
-        parts["place"].append(p.place + torch.tensor([n_maps, 0, 0]))
+        parts["place"].append(p.place + torch.tensor([n_maps, 0, 0], device="cpu"))
         parts["is_structural"].append(p.is_structural)
         parts["source"].append(nn.functional.pad(p.source + n_patches, pad))
         parts["weight"].append(nn.functional.pad(p.weight, pad))
@@ -89,13 +89,13 @@ def joined(pictures: Sequence[Picture]) -> Picture:
 def with_structural(picture: Picture, before: Mapping[int, tuple[int, int, int]] | Mapping[int, Sequence[int]]) -> Picture:
     """The picture with structural tokens put in front of token `position` (n: behind the last) at the given (map, row, column)."""
     order, n = [], len(picture)
-    extra = {position: torch.tensor(tuple(where)) for position, where in before.items()}
+    extra = {position: torch.tensor(tuple(where), device="cpu") for position, where in before.items()}
     for i in range(n + 1):
         if i in extra:
             order.append(-1 - i)
         if i < n:
             order.append(i)
-    index = torch.tensor(order)
+    index = torch.tensor(order, device="cpu")
     is_new = index < 0
     old = torch.where(is_new, (-2 - index).clamp(0, n - 1), index)      # the token in front of a new one
     place = picture.place[old]

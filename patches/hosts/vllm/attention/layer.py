@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from accel.kernels.block_sparse import BlockPlan, KeyView, Ragged, Rows, block_sparse_attention, dense_attention
+from accel.kernels.block_sparse.ragged import gapless_rows
 from accel.patches.hosts.vllm.attention.rows import LayerRule
 from accel.protocols import AttentionContext, RunDense
 from accel.stats import LayerStats, Stats
@@ -39,7 +40,9 @@ class RowBatch:
         if table.device.type != "cpu":
             numbers = numbers.pin_memory().to(table.device, non_blocking=True)
         index, q_start, q_len, kv_len = numbers.unbind(0)
-        lens = Ragged(q_start, q_len, kv_len, max_q=max(r.q_len for r in rows), max_kv=max(r.kv_len for r in rows))
+        max_q, max_kv = max(r.q_len for r in rows), max(r.kv_len for r in rows)
+        gapless = gapless_rows((r.q_start - first for r in rows), (r.q_len for r in rows))
+        lens = Ragged(q_start, q_len, kv_len, max_q=max_q, max_kv=max_kv, n_gapless=gapless)
         return cls(rows, lens, table.index_select(0, index), first, max(r.q_start + r.q_len for r in rows))
 
     @property
@@ -125,7 +128,11 @@ class SparseLayer:
     def _plan(self, q: Tensor, keys: KeyView, lens: Ragged) -> BlockPlan | RunDense:
         step = self.rule.step(lens.max_q, lens.max_kv, lens.batch)
         static = self.rule.method.static_pattern(step)
-        return static if static is not None else self.rule.method.plan(q, keys, AttentionContext(step=step, lens=lens, scale=self.scale))
+        if static is not None:
+            return static
+        plan = self.rule.method.plan(q, keys, AttentionContext(step=step, lens=lens, scale=self.scale))
+        # some methods draw their plan on the host
+        return plan if isinstance(plan, RunDense) else plan.to(q.device)
 
     def _run(self, q: Tensor, keys: KeyView, plan: BlockPlan | None, batch: RowBatch, out: Tensor) -> None:
         here = slice(batch.first_token, batch.end_token)

@@ -66,3 +66,27 @@ def test_dense_by_shape_is_decided_before_anything_is_laid_out(monkeypatch):
         monkeypatch.setattr(attend_module, "as_tokens", lambda call: pytest.fail("padding was looked at"))
         attend(state, call(torch.tensor(149), length=1, valid=torch.arange(192).expand(2, -1) < 150))
         assert sum(state.stats.dense_calls.values()) == 1
+
+
+@pytest.mark.parametrize("options", [{"method": "streaming", "density": 0.4}, {"method": "random_blocks"}], ids=lambda o: o["method"])
+def test_a_plan_drawn_on_the_host_reaches_the_kernel_on_the_device_of_the_queries(options):
+    model = tiny_llama()
+    with accel.apply(model, **options, block_size=16, min_seq_len=0):
+        state = LAYERS[getattr(model.model.layers[0].self_attn, SLOT).key]
+        host = call(70)
+        _, keys, lens = attend_module.as_tokens(host)
+        # a device whose tensors mix with the host's as little as a GPU's do
+        plan = attend_module._plan(state, host, torch.empty(160, 4, 16, device="meta"), keys, lens)
+    tensors = [value for value in vars(plan).values() if isinstance(value, torch.Tensor)]
+    assert tensors
+    assert {t.device.type for t in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize("offset", [70, torch.tensor(70)], ids=["number", "tensor"])
+def test_batches_without_padding_are_known_to_have_no_gaps(offset):
+    q, _, lens = attend_module.as_tokens(call(offset))
+    assert lens.n_gapless == q.shape[0] == 160
+    assert {row for rows in lens.rows() for row in range(rows.q_start, rows.q_start + rows.q_len)} == set(range(160))
+    # the last tokens of the first row are padding: only its tensors say so
+    padded = call(offset, valid=torch.arange(192) < torch.tensor([[120], [150]]))
+    assert attend_module.as_tokens(padded)[2].n_gapless == 0

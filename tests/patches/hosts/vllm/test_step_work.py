@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import accel
-from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, ImplicitPlan, PagedKeys, Ragged
+from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, ImplicitPlan, PagedKeys, Ragged, Rows
 from accel.kernels.block_sparse.naive import naive_attention
 from accel.patches.hosts.vllm.attention.group import Group
-from accel.patches.hosts.vllm.attention.layer import SparseLayer
+from accel.patches.hosts.vllm.attention.layer import RowBatch, SparseLayer
 from accel.patches.hosts.vllm.attention.rows import Decoding, LayerRule, decoding_of
 from accel.protocols import AttentionContext, RunDense, SparseAttention
 from accel.stats import Stats
@@ -306,3 +306,20 @@ def test_sets_of_one_step_are_built_in_memory_of_their_own() -> None:
     assert keys[1] == layers[0].rule.decoding.pages
 
 
+
+
+def test_a_plan_drawn_on_the_host_reaches_the_kernel_on_the_device_of_the_queries() -> None:
+    layer = sparse_layer(accel.RandomBlocks(block_size=16, density=0.5, min_seq_len=0), 0, Stats())
+    k = torch.zeros(90, HKV, D)
+    keys, lens = ContiguousKeys(k, k, torch.tensor([0]), torch.tensor([90])), Ragged.of([90], [90])
+    # a device whose tensors mix with the host's as little as a GPU's do
+    plan = layer._plan(torch.empty(90, HQ, D, device="meta"), keys, lens)
+    assert {t.device.type for t in vars(plan).values() if isinstance(t, Tensor)} == {"meta"}
+
+
+@pytest.mark.parametrize("between", [0, 4], ids=["neighbours", "another request between"])
+def test_a_batch_knows_the_rows_that_belong_to_other_requests(between: int) -> None:
+    rows = (Rows(0, 3, 5, 9), Rows(2, 8 + between, 2, 2))
+    batch = RowBatch.of(rows, torch.zeros(3, 4, dtype=torch.int32))
+    assert batch.has_gaps == (between > 0)
+    assert batch.lens.n_gapless == (5 if between else batch.end_token - batch.first_token)

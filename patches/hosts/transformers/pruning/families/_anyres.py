@@ -63,6 +63,7 @@ def mosaic(config: Any, image_size: Tensor) -> Tensor:
     side = tile_side(config)
     down, across = get_anyres_image_grid_shape(image_size, config.image_grid_pinpoints, config.vision_config.image_size)
     # (tile row, tile column, row, column) -> the whole picture in rows
-    numbers = torch.arange(down * across * side * side).view(down, across, side, side).transpose(1, 2).reshape(1, down * side, across * side)
+    tiles = torch.arange(down * across * side * side, device="cpu").view(down, across, side, side)
+    numbers = tiles.transpose(1, 2).reshape(1, down * side, across * side)
     shown: Tensor = unpad_image(numbers, image_size)
     return shown[0]

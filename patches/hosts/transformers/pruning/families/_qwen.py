@@ -27,7 +27,7 @@ class QwenVL(VisionFamily):
 
     def order(self, vision: Any, height: int, width: int) -> Tensor:
         """(height · width,) int64, the token whose patches lie in the encoder at each place; height × width tokens, in rows."""
-        return torch.arange(height * width)
+        return torch.arange(height * width, device="cpu")
 
     def pictures(self, base: nn.Module, modality: Modality, call: Mapping[str, Any], features: Any) -> list[Picture]:
         vision: Any = base.config.vision_config     # type: ignore[union-attr]
@@ -36,7 +36,7 @@ class QwenVL(VisionFamily):
         for steps, height, width in call[f"{modality}_grid_thw"].tolist():
             step = grid_picture(height // merge, width // merge, modality=modality, merge=merge)
             position = self.order(vision, height // merge, width // merge).argsort()
-            step = replace(step, source=position[:, None] * merge**2 + torch.arange(merge**2))
+            step = replace(step, source=position[:, None] * merge**2 + torch.arange(merge**2, device="cpu"))
             found.append(joined([step] * steps))
         return found
 

@@ -47,13 +47,13 @@ def tiled(numbers: Tensor, n_patches: int, n_tiles: int) -> Picture:
     tile = numbers // n_patches
     shown, unit = torch.unique(tile, return_inverse=True)
     sizes = [((tile == t).any(1).sum().item(), (tile == t).any(0).sum().item()) for t in shown]
-    row, column = torch.meshgrid(*(torch.arange(n) for n in numbers.shape), indexing="ij")
+    row, column = torch.meshgrid(*(torch.arange(n, device="cpu") for n in numbers.shape), indexing="ij")
     return Picture(
         units=tuple(Unit(0, int(height * width), int(height), int(width)) for height, width in sizes),
         unit=unit.flatten(),
         place=torch.stack([torch.zeros_like(row), row, column], -1).flatten(0, 1),
-        is_structural=torch.zeros(numbers.numel(), dtype=torch.bool),
+        is_structural=torch.zeros(numbers.numel(), dtype=torch.bool, device="cpu"),
         segments=(n_patches,) * n_tiles,
         source=numbers.reshape(-1, 1),
-        weight=torch.ones(numbers.numel(), 1, dtype=torch.float32),
+        weight=torch.ones(numbers.numel(), 1, dtype=torch.float32, device="cpu"),
     )

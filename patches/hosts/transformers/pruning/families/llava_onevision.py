@@ -60,7 +60,7 @@ def image(config: Any, size: Tensor, n_tiles: int, most: int) -> Picture:
 def video(side: int, n_frames: int) -> Picture:
     """One video of frames of side × side patches; a newline ends it."""
     pooled = math.ceil(side / 2)
-    frames = joined([resized(torch.arange(side * side).view(side, side), pooled, pooled, "video")] * n_frames)
+    frames = joined([resized(torch.arange(side * side, device="cpu").view(side, side), pooled, pooled, "video")] * n_frames)
     return with_structural(frames, {len(frames): (n_frames - 1, pooled - 1, -1)})
 
 
@@ -81,6 +81,6 @@ def resized(numbers: Tensor, rows: int, columns: int, modality: Modality) -> Pic
 def linear_taps(n: int, size: int) -> tuple[Tensor, Tensor]:
     """Where a linear resize of n values to `size` takes each value from, and by which weight: both (size, ≤ 2)."""
     # what the interpolation makes of unit vectors, (n, size), are its weights
-    table = nn.functional.interpolate(torch.eye(n)[None], size=size, mode="linear")[0]
+    table = nn.functional.interpolate(torch.eye(n, device="cpu")[None], size=size, mode="linear")[0]
     weight, index = table.topk(min(2, n), dim=0)
     return index.T, weight.T

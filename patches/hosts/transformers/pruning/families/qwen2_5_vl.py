@@ -28,7 +28,9 @@ class Qwen25VL(QwenVL):
         from transformers.vision_utils import get_vision_window_index
 
         merge = vision.spatial_merge_size
-        grid = torch.tensor([[1, height * merge, width * merge]])
+        grid = torch.tensor([[1, height * merge, width * merge]], device="cpu")
         index: Tensor
-        index, _ = get_vision_window_index(grid, spatial_merge_size=merge, window_size=vision.window_size, patch_size=vision.patch_size)
+        # it makes tensors on the default device, and mixes them with the grid
+        with torch.device("cpu"):
+            index, _ = get_vision_window_index(grid, spatial_merge_size=merge, window_size=vision.window_size, patch_size=vision.patch_size)
         return index

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Where nothing was measured: on CPUs 4K is break-even with a small trained model (smollm2-baseline.md §4),
 # on GPUs 16K (sparse-attention.md §2.2).
 DEFAULT_TOKENS = {"cpu": 4096, "cuda": 16384}
+# On a GPU with heads wider than 128, of methods that choose their blocks by the prompt. There cuDNN's dense attention is 2.3 times as fast as ours
+# (evals/results/gpu), so that a choice must leave well over half of the blocks out, and that of trained models does not below 32K tokens.
+WIDE_HEAD_DIM, WIDE_HEAD_TOKENS = 128, 131_072
 
 # Recorded where sparse was slower at every measured length: above any prompt, and readable as what it is in a recipe.
 NEVER_TOKENS = 1_000_000_000
@@ -103,16 +106,26 @@ def crossover_tokens(method: SparseAttention, step: AttentionStep) -> int:
     What was measured with the method's default options proves nothing of others, but makes the default more cautious where it is longer.
     Shapes and options only: nothing is read from the device.
     """
-    measured, shipped = measured_crossovers(), shipped_crossovers()
-    default = DEFAULT_TOKENS.get(step.device, DEFAULT_TOKENS["cuda"])
+    measured, shipped = measured_crossovers(), shipped_crossovers() if step.device == "cuda" else {}
     # asked by every call of every layer: names are made where there is something to find
     if not measured and not shipped:
-        return default
-    key = crossover_key(method, device=step.device, dtype=step.dtype, head_dim=step.head_dim)
-    if (exact := measured.get(key, shipped.get(key))) is not None:
-        return exact
-    usual = f"{method.method_name()}/{_where(step.device, step.dtype, step.head_dim)}"
-    return max(default, measured.get(usual, shipped.get(usual, 0)))
+        return _default_tokens(method, step)
+    exact, usual = _keys(method, step.device, step.dtype, step.head_dim)
+    if (found := measured.get(exact, shipped.get(exact))) is not None:
+        return found
+    return max(_default_tokens(method, step), measured.get(usual, shipped.get(usual, 0)))
+
+
+def _default_tokens(method: SparseAttention, step: AttentionStep) -> int:
+    is_wide = step.device == "cuda" and step.head_dim > WIDE_HEAD_DIM and method.static_pattern(step) is None
+    return WIDE_HEAD_TOKENS if is_wide else DEFAULT_TOKENS.get(step.device, DEFAULT_TOKENS["cuda"])
+
+
+@lru_cache(maxsize=256)
+def _keys(method: SparseAttention, device: str, dtype: str, head_dim: int) -> tuple[str, str]:
+    """The key of a method with its options, and that of its default options."""
+    exact = crossover_key(method, device=device, dtype=dtype, head_dim=head_dim)
+    return exact, f"{method.method_name()}/{_where(device, dtype, head_dim)}"
 
 
 def _where(device: str, dtype: str, head_dim: int) -> str:

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from accel import FlexPrefill, PowerAttention, crossover
-from accel.crossover import DEFAULT_TOKENS, crossover_file, crossover_key, crossover_tokens, measured_crossovers, record_crossover
+from accel.crossover import (
+    DEFAULT_TOKENS,
+    WIDE_HEAD_TOKENS,
+    crossover_file,
+    crossover_key,
+    crossover_tokens,
+    measured_crossovers,
+    record_crossover,
+)
 from accel.errors import AccelError, OptionError
 from accel.protocols import AttentionStep
 
@@ -22,9 +30,12 @@ KEY = crossover_key(FlexPrefill(), device="cpu", dtype="float32", head_dim=64)
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
-    measured_crossovers.cache_clear()
+    # keys name the architecture, which tests change
+    for known in (measured_crossovers, crossover._keys):
+        known.cache_clear()
     yield tmp_path / "cache"
-    measured_crossovers.cache_clear()
+    for known in (measured_crossovers, crossover._keys):
+        known.cache_clear()
 
 
 def step(kv_len: int, device: str = "cpu", head_dim: int = 64) -> AttentionStep:
@@ -42,6 +53,15 @@ def test_default_applies_where_nothing_was_measured() -> None:
     assert crossover_tokens(FlexPrefill(), step(9)) == DEFAULT_TOKENS["cpu"]
     assert crossover_tokens(FlexPrefill(), step(9, device="cuda")) == DEFAULT_TOKENS["cuda"]
     assert crossover_tokens(FlexPrefill(), step(9, device="xpu")) == DEFAULT_TOKENS["cuda"]
+
+
+def test_wide_heads_of_a_gpu_wait_longer_where_blocks_are_chosen_by_the_prompt() -> None:
+    wide = step(9, device="cuda", head_dim=256)
+    assert crossover_tokens(FlexPrefill(), wide) == WIDE_HEAD_TOKENS > DEFAULT_TOKENS["cuda"]
+    assert crossover_tokens(PowerAttention(), wide) == DEFAULT_TOKENS["cuda"]
+    assert crossover_tokens(FlexPrefill(), step(9, head_dim=256)) == DEFAULT_TOKENS["cpu"]
+    record_crossover(crossover_key(FlexPrefill(), device="cuda", dtype="float32", head_dim=256), 300)
+    assert crossover_tokens(FlexPrefill(), wide) == 300
 
 
 def test_recorded_length_decides_for_its_own_head_size_only() -> None:

@@ -126,7 +126,10 @@ def benches(s: Sizes) -> list[Bench]:
         *(Bench(bench_name("prefill", main, d), 20, partial(bench_prefill, n=main, head_dim=d, is_main=False)) for d in s.head_dims[2:]),
         *(Bench(bench_name("tiles", main, d), 30, partial(bench_tiles, n=main, head_dim=d)) for d in s.head_dims[2:]),
         # what else decides from which length FlexPrefill pays: the head size and gamma
-        *(Bench(bench_name("flexprefill", n, second), 12, partial(bench_flexprefill, n=n, head_dim=second)) for n in s.crossover_tokens),
+        *(
+            Bench(bench_name("flexprefill", n, d), 12, partial(bench_flexprefill, n=n, head_dim=d))
+            for d in s.head_dims[1:] for n in s.crossover_tokens
+        ),
         *(
             Bench(f"{bench_name('flexprefill', n, first)} gamma {gamma}", 12, partial(bench_flexprefill, n=n, head_dim=first, gamma=gamma))
             for n in s.crossover_tokens for gamma in s.other_gammas
@@ -230,7 +233,8 @@ def bench_tiles(lab: Lab, name: str, *, n: int, head_dim: int) -> None:
 def bench_flexprefill(lab: Lab, name: str, *, n: int, head_dim: int, gamma: float | None = None) -> None:
     """FlexPrefill's selection and its kernel, apart and together, beside dense attention on the same prompt."""
     s, prompt = lab.sizes, lab.prompt(n, head_dim, is_lifelike=True)
-    rule = s.rule if gamma is None else replace(s.rule, gamma=gamma)
+    # as the method has it for wide heads
+    rule = replace(s.rule, gamma=gamma or s.rule.gamma, block_size=s.rule.block_size if head_dim <= 128 else s.rule.block_size // 2)
     call, n_heads = prompt.call, prompt.q.shape[1]
     plan = _select(call, rule).plan
     out, _ = call.buffers()

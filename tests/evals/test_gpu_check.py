@@ -212,7 +212,7 @@ def whole_method(bench: str, method: str, ms: float, dense_ms: float, *, tokens:
 
 @pytest.mark.parametrize(
     ("ms", "tokens"),
-    [((9, 9, 9), 4), ((11, 9, 9), 8), ((9, 11, 9), 16), ((11, 11, 11), DEFAULT_TOKENS["cuda"]), ((9.9, 9, 9), 8)],
+    [((8, 8, 8), 4), ((11, 8, 8), 8), ((8, 11, 8), 16), ((11, 11, 11), DEFAULT_TOKENS["cuda"]), ((9, 8, 8), 8)],
     ids=["always", "from_the_second", "not_before_it_stays", "never", "too_little_to_tell"],
 )
 def test_lengths_from_which_a_method_pays_are_read_from_a_visit(ms, tokens):

@@ -23,7 +23,7 @@ from accel.evals.gpu.bars import BARS, DENSE, bars, bars_table, best_dense
 from accel.evals.gpu.bench import Bench, Lab, Sizes, benches, run_benches
 from accel.evals.gpu.cases import Call, Prompt, lines_of_density, lists_of_density, random_plan, work_of
 from accel.evals.gpu.checks import Check, Profile, Skipped, check_error, checks, run_check
-from accel.evals.gpu.crossovers import crossovers
+from accel.evals.gpu.crossovers import crossovers, crossovers_section
 from accel.evals.gpu.report import Record, markdown, result_path, with_ratios
 from accel.evals.gpu.timing import DeviceLostError, HostTimer, Times, compare, host_us
 from accel.kernels.block_sparse import ImplicitPlan, PagedKeys, block_sparse_attention, flex_executor
@@ -252,9 +252,17 @@ def test_lengths_of_a_whole_visit_are_shipped_and_no_others(record, tmp_path, sp
     assert ("| flexprefill/sm_90/bfloat16/d128 | 8192 |" in record.path.with_suffix(".md").read_text()) is (spoil != "cpu")
 
 
-def test_readme_beside_the_results_shows_the_bars_as_they_are():
-    readme = (ROOT / "evals" / "results" / "gpu" / "README.md").read_text(encoding="utf-8")
-    assert "\n".join(bars_table(bars([]))) in readme
+def test_readme_beside_the_results_shows_what_the_last_visit_found():
+    folder = ROOT / "evals" / "results" / "gpu"
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    last = max(folder.glob("*.json"), key=lambda path: path.stem[-10:])
+    found = json.loads(last.read_text(encoding="utf-8"))
+    assert last.with_suffix(".md").name in readme
+    assert "\n".join(bars_table(bars(found["rows"]))) in readme
+    lengths = crossovers(found["rows"], sm=found["env"]["sm"])
+    assert all(line in readme for line in crossovers_section(lengths) if line.startswith("| "))
+    shipped = json.loads((ROOT / "accel" / "crossovers.json").read_text(encoding="utf-8"))
+    assert shipped.items() >= lengths.items() == found["crossovers"].items()
 
 
 def test_the_page_has_ratios_to_dense_and_only_columns_that_hold_something(record):

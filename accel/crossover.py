@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # Where nothing was measured: on CPUs 4K is break-even with a small trained model (smollm2-baseline.md §4),
 # on GPUs 16K (sparse-attention.md §2.2).
 DEFAULT_TOKENS = {"cpu": 4096, "cuda": 16384}
-# On a GPU with heads wider than 128, of methods that choose their blocks by the prompt. There cuDNN's dense attention is 2.3 times as fast as ours
-# (evals/results/gpu), so that a choice must leave well over half of the blocks out, and that of trained models does not below 32K tokens.
+# On a GPU with heads wider than 128, of methods that choose their blocks by the prompt: a guess on the safe side. On an H200 cuDNN's dense
+# attention reaches 750 TFLOP/s there and our kernel 480 (evals/results/gpu), and nothing was measured beyond 32K tokens.
 WIDE_HEAD_DIM, WIDE_HEAD_TOKENS = 128, 131_072
 
 # Recorded where sparse was slower at every measured length: above any prompt, and readable as what it is in a recipe.
@@ -110,7 +110,12 @@ def crossover_tokens(method: SparseAttention, step: AttentionStep) -> int:
     # asked by every call of every layer: names are made where there is something to find
     if not measured and not shipped:
         return _default_tokens(method, step)
-    exact, usual = _keys(method, step.device, step.dtype, step.head_dim)
+    where = (step.device, step.dtype, step.head_dim)
+    try:
+        exact, usual = _keys(method, *where)
+    # a method from elsewhere may have options that cannot be hashed
+    except TypeError:
+        exact, usual = _keys.__wrapped__(method, *where)
     if (found := measured.get(exact, shipped.get(exact))) is not None:
         return found
     return max(_default_tokens(method, step), measured.get(usual, shipped.get(usual, 0)))

@@ -192,7 +192,7 @@ class CacheStats:
 
 
 class Stats:
-    """All layers of a patched model. Read `total`, `density`, `tokens`, `cache` or `layers[i]`; `reset()` starts over.
+    """All layers of a patched model. Read `total`, `density`, `tokens`, `cache` or `layers[i]`, of layers that ran; `reset()` starts over.
 
     Reading waits for a GPU, counting does not.
     """

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,15 @@ def test_wide_heads_of_a_gpu_wait_longer_where_blocks_are_chosen_by_the_prompt()
     assert crossover_tokens(FlexPrefill(), step(9, head_dim=256)) == DEFAULT_TOKENS["cpu"]
     record_crossover(crossover_key(FlexPrefill(), device="cuda", dtype="float32", head_dim=256), 300)
     assert crossover_tokens(FlexPrefill(), wide) == 300
+
+
+def test_a_method_whose_options_cannot_be_hashed_has_its_length() -> None:
+    @dataclass(frozen=True)
+    class Listed(FlexPrefill):
+        heads: list[int] = field(default_factory=list)
+
+    record_crossover(crossover_key(Listed(heads=[3]), device="cpu", dtype="float32", head_dim=64), 300)
+    assert crossover_tokens(Listed(heads=[3]), step(9)) == 300
 
 
 def test_recorded_length_decides_for_its_own_head_size_only() -> None:

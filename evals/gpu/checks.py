@@ -17,6 +17,7 @@ from torch import Tensor
 from accel.errors import UnsupportedError
 from accel.evals.gpu.cases import Call, Prompt, lines_of_density, paged, plan_on, random_plan
 from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, ImplicitPlan, Ragged, VerticalSlashPlan, block_sparse_attention
+from accel.kernels.block_sparse.differentiable import differentiable_attention
 from accel.kernels.block_sparse.naive import naive_attention, query_rows
 from accel.kernels.flex_index import SelectionRule, flex_index
 
@@ -94,6 +95,8 @@ def checks(p: Profile) -> list[Check]:
     from accel.evals.gpu.head_groups import group_checks
 
     found = [*_prefill_checks(p), *_decode_checks(p), *_selection_checks(p), *group_checks(p)]
+    # larger blocks go through FlexAttention there, whose compilation takes longer than all checks
+    found += [Check(f"gradients: {kind}, masked", partial(check_gradients, p, kind)) for kind in ("power", "lists")]
     for kind in ("power", "lists", "lines"):
         found.append(Check(f"graph: prefill, {kind}", partial(check_graph, p, prefill, kind)))
         found.append(Check(f"graph: decode, {kind}", partial(check_graph, p, decode, kind)))
@@ -193,6 +196,25 @@ def check_error(attend: Attend, call: Call, kind: str, block: int) -> str:
     assert not got[is_gap].any(), "rows of no sequence are not 0"
     torch.testing.assert_close(got_lse, exact_lse, atol=2e-2, rtol=1e-3)
     return f"worst block at {worst:.2f} of the allowed error"
+
+
+def check_gradients(p: Profile, kind: str, block: int = 16) -> str:
+    """Attention with a mask, forward and backward, against fp64 on the CPU; keys behind a cached prefix, rows between the sequences."""
+    call = Call.random(p.q_len, p.kv_len, heads=p.heads, head_dim=p.other_dims[0], dtype=torch.float32, device=p.device, gap=5)
+    plan = random_plan(kind, call, block)
+    found = []
+    for one, its_plan in ((call, plan), (call.on_cpu(torch.float64), plan_on(plan, "cpu"))):
+        assert isinstance(one.keys, ContiguousKeys)
+        q, k, v = (t.detach().nan_to_num().requires_grad_() for t in (one.q, one.keys.k, one.keys.v))
+        out = differentiable_attention(q, replace(one.keys, k=k, v=v), its_plan, one.lens, scale=one.scale)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+        found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v))])
+    worst = 0.0
+    for name, got, want in zip(("output", "q", "k", "v"), *found, strict=True):
+        error = float((got.double().cpu() - want).norm() / want.norm())
+        assert error <= 1e-4, f"{name}: relative error {error:.1e}"
+        worst = max(worst, error)
+    return f"relative error of output and gradients at most {worst:.1e}"
 
 
 def check_selection(

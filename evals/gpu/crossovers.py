@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from accel.crossover import DEFAULT_TOKENS
+from accel.crossover import DEFAULT_TOKENS, WIDE_HEAD_DIM, WIDE_HEAD_TOKENS
 from accel.evals.gpu.bars import Row, best_dense
 
 # Share by which a method must be faster here, where one kind of prompt speaks for everybody's: some are denser. `accel tune crossover`, which
@@ -24,16 +24,22 @@ def crossovers(rows: Sequence[Row], *, sm: str) -> dict[str, int]:
     if not sm:
         return {}
     pays: dict[str, dict[int, bool]] = {}
+    head_dims: dict[str, int] = {}
     for row in rows:
         dense = best_dense(rows, row["bench"])
         if "method" in row and "ms" in row and dense is not None:
             key = f"{row['method']}/sm_{sm.replace('.', '')}/{row['dtype']}/d{row['head_dim']}"
+            head_dims[key] = row["head_dim"]
             pays.setdefault(key, {})[row["tokens"]] = row["ms"] * (1 + MARGIN) <= dense
-    return {key: _first_that_stays(by_length) for key, by_length in sorted(pays.items()) if len(by_length) >= FEWEST_LENGTHS}
+    return {
+        key: _first_that_stays(by_length, WIDE_HEAD_TOKENS if head_dims[key] > WIDE_HEAD_DIM else DEFAULT_TOKENS["cuda"])
+        for key, by_length in sorted(pays.items())
+        if len(by_length) >= FEWEST_LENGTHS
+    }
 
 
-def _first_that_stays(pays: dict[int, bool]) -> int:
-    first = max(max(pays) + 1, DEFAULT_TOKENS["cuda"])
+def _first_that_stays(pays: dict[int, bool], default: int) -> int:
+    first = max(max(pays) + 1, default)
     for tokens in sorted(pays, reverse=True):
         if not pays[tokens]:
             break

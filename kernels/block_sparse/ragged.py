@@ -49,7 +49,8 @@ class Ragged:
     `kv_len[b] - q_len[b] + r`, so the queries are always the last `q_len` of `kv_len` tokens. The block grid starts at position 0 of
     each sequence, never at the tensor index.
     max_q, max_kv: upper bounds known without reading the tensors.
-    n_gapless: rows 0 … n_gapless − 1 all belong to a sequence, as far as that is known without reading the tensors.
+    n_gapless: rows 0 … n_gapless − 1 all belong to a sequence, as far as that is known without reading the tensors. 0 where the tensors may be
+    written later, say between the replays of a graph: what belongs to no sequence then is cleared, at the cost of a launch.
     """
 
     q_start: Tensor

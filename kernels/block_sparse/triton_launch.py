@@ -38,7 +38,7 @@ class PrefillConfig:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A configuration and what it was found for, by compiling ahead of time: no spills in the loops, wgmma not serialized (tests/aot)."""
+    """A configuration and what it was found for, by compiling ahead of time: hardly a spill in the loops, wgmma not serialized (tests/aot)."""
 
     block_d: int                    # largest padded head_dim
     config: PrefillConfig

@@ -27,7 +27,7 @@ _PROBE_PROGRAMS = 1024
 _FEWEST_TILES = 4
 _LOG2_E = math.log2(math.e)
 
-# What the launches pass to the compiler, chosen so that no kernel spills registers on sm_80, sm_90 and sm_100 (tests/aot).
+# What the launches pass to the compiler, chosen so that these kernels spill no registers on sm_80, sm_90 and sm_100 (tests/aot).
 SEARCH_CHUNK, MAP_KEYS = 2048, 32
 SEARCH_WARPS, MAP_WARPS = 16, 8
 

@@ -15,8 +15,9 @@ from conformance.families import FAMILIES, instance, text_config, words
 from conformance.methods import METHODS, SPARSE_METHODS, MethodCase
 from conformance.reference import assert_bit_equal, run
 from conformance.subjects import snapshot, subject
+from support import tiny_llama
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import accel
 from accel.patches.hosts.transformers import host
@@ -131,6 +132,23 @@ def test_a_patched_config_names_a_plain_string_and_its_copies_the_original(metho
                 assert twin.to_dict() == config.to_dict()
         assert [config._attn_implementation for config in configs] == names
     assert copyreg.dispatch_table == before
+
+
+def test_a_config_with_copies_of_its_own_is_copied_while_patched() -> None:
+    class OwnConfig(LlamaConfig):
+        model_type = "own_llama"
+
+        def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+            return OwnConfig.from_dict, (self.to_dict(),)
+
+    model = tiny_llama(attn_implementation="sdpa")
+    model.config = model.model.config = OwnConfig.from_dict(model.config.to_dict())
+    model.config._attn_implementation = "sdpa"
+    for layer in model.model.layers:
+        layer.self_attn.config = model.config
+    with accel.apply(model, METHOD.sparse()):
+        assert type(copy.deepcopy(model.config)) is OwnConfig
+        assert type(copy.copy(model.config)) is OwnConfig
 
 
 @pytest.mark.parametrize("name", ["llama", "llava"])

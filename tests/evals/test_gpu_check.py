@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 import accel
-from accel.crossover import DEFAULT_TOKENS, crossover_key
+from accel.crossover import DEFAULT_TOKENS, WIDE_HEAD_TOKENS, crossover_key
 from accel.evals.gpu import __main__ as gpu_check
 from accel.evals.gpu import bench as gpu_bench
 from accel.evals.gpu import contestants as gpu_contestants
@@ -220,6 +220,11 @@ def test_lengths_from_which_a_method_pays_are_read_from_a_visit(ms, tokens):
     assert crossovers(rows, sm="9.0") == {"m/sm_90/bfloat16/d128": tokens}
     assert crossovers(rows, sm="") == {}
     assert crossovers(rows[:4], sm="9.0") == {}, "two lengths tell nothing"
+
+
+def test_a_method_that_loses_with_wide_heads_gets_their_default():
+    rows = [row for n in (8, 16, 32768) for row in whole_method(f"{n}", "m", 11, 10, tokens=n, head_dim=256)]
+    assert crossovers(rows, sm="9.0") == {"m/sm_90/bfloat16/d256": WIDE_HEAD_TOKENS}
 
 
 def test_benchmarks_of_whole_methods_run_them_with_the_options_that_users_get():

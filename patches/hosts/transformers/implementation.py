@@ -68,9 +68,11 @@ def _reduce(config: Any) -> tuple[Any, ...]:
 
     The name itself must stay a plain string, and the config of its own class: Dynamo traces through both.
     """
-    make, arguments, state, *rest = config.__reduce_ex__(2)
-    original = original_of(state.get("_attn_implementation_internal"))
-    return make, arguments, state if original is None else {**state, "_attn_implementation_internal": original}, *rest
+    reduced: tuple[Any, ...] = config.__reduce_ex__(2)
+    # a class may have a way of its own, with another state or none
+    state = reduced[2] if len(reduced) > 2 else None
+    original = original_of(state.get("_attn_implementation_internal")) if isinstance(state, dict) else None
+    return reduced if original is None else (*reduced[:2], {**state, "_attn_implementation_internal": original}, *reduced[3:])
 
 
 def _why_out_of_use(entry: _Switched) -> str | None:

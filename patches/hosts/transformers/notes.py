@@ -16,8 +16,8 @@ HOST_NOTES = {
     "lookup raise: they write, or take back, entries that are gone. A compressed layer leaves torch.compile's graph",
     "cache compression in vLLM": "not possible per head: vLLM has one block table for all heads of a layer, so that entries dropped of one head free "
     "no memory (vLLM issues 5751, 10646 and 12254 asked for it)",
-    "CUDA": "the kernels were checked and measured on an H200 (evals/results/gpu), and tiny models ran there with sparse attention, pruning and caches: "
-    "padding, generation, a static cache, a full graph of torch.compile. Released weights are untried there. A CUDA graph captures sparse layers",
+    "CUDA": "the kernels, and their calls in CUDA graphs, are checked on an H200 by scripts/gpu_check.sh (evals/results/gpu). Whole models were "
+    "tried there by hand, tiny ones: sparse attention, pruning and caches, padding, generation, static caches, a full graph of torch.compile",
     "quantised weights": "bitsandbytes and torchao untried; attention sees ordinary tensors there",
     "FSDP, tensor parallel": "untried",
     "continuous batching": "generate_batch refuses a patched model with an error that names accel: undo() first",

@@ -123,7 +123,9 @@ def test_a_length_that_comes_with_accel_holds_for_its_architecture_until_this_ma
 def test_the_table_that_comes_with_accel_can_be_read(recwarn: pytest.WarningsRecorder) -> None:
     crossover.shipped_crossovers.cache_clear()
     assert crossover.SHIPPED_FILE.is_file()
-    assert all(re.fullmatch(r"\w+(:[^/]+)?/sm_\d+/\w+/d\d+", key) for key in crossover.shipped_crossovers())
+    shipped = crossover.shipped_crossovers()
+    assert all(re.fullmatch(r"\w+(:[^/]+)?/sm_\d+/\w+/d\d+", key) for key in shipped)
+    assert shipped["flexprefill/sm_90/float16/d128"] == shipped["flexprefill/sm_90/bfloat16/d128"] > DEFAULT_TOKENS["cuda"]
     assert not recwarn.list
 
 

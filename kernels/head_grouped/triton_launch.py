@@ -11,8 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from accel.kernels.block_sparse.triton_decode import LOG2E, MAX_ROWS, WAVES, DecodeConfig, multiprocessors, workspace
+from accel.kernels.block_sparse.triton_decode import LOG2E, MAX_ROWS, WAVES, DecodeConfig, multiprocessors
 from accel.kernels.block_sparse.triton_launch import PrefillConfig, choose_config, fit
+from accel.kernels.block_sparse.triton_workspace import workspace
 from accel.kernels.head_grouped import triton_kernels as kernels
 from accel.kernels.head_grouped.groups import KVGroup
 

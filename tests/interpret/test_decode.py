@@ -24,7 +24,8 @@ from accel.kernels.block_sparse import (
 )
 from accel.kernels.block_sparse import triton_decode as triton_decode_module
 from accel.kernels.block_sparse.naive import naive_attention
-from accel.kernels.block_sparse.triton_decode import DecodeConfig, takes_decode, triton_decode, workspace
+from accel.kernels.block_sparse.triton_decode import DecodeConfig, takes_decode, triton_decode
+from accel.kernels.block_sparse.triton_workspace import workspace
 
 BLOCK = 16
 FP32, FP16 = torch.float32, torch.float16

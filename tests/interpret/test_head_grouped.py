@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from accel.evals.gpu.head_groups import GroupCall
-from accel.kernels.block_sparse.triton_decode import DecodeConfig, workspace
+from accel.kernels.block_sparse.triton_decode import DecodeConfig
 from accel.kernels.block_sparse.triton_launch import PrefillConfig
+from accel.kernels.block_sparse.triton_workspace import workspace
 from accel.kernels.head_grouped import KVGroup, dispatches, grouped_attention, triton_kernels
 from accel.kernels.head_grouped.triton_launch import triton_grouped
 

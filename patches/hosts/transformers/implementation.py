@@ -71,7 +71,9 @@ def _reduce(config: Any) -> tuple[Any, ...]:
     reduced: tuple[Any, ...] = config.__reduce_ex__(2)
     # a class may have a way of its own, with another state or none
     state = reduced[2] if len(reduced) > 2 else None
-    original = original_of(state.get("_attn_implementation_internal")) if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        return reduced
+    original = original_of(state.get("_attn_implementation_internal", ""))
     return reduced if original is None else (*reduced[:2], {**state, "_attn_implementation_internal": original}, *reduced[3:])
 
 

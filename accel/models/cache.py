@@ -136,7 +136,7 @@ class ScaleCache:
     def entries(self, layer: int) -> tuple[Tensor, Tensor]:
         """Scale index and position in the whole sequence of the entries a layer holds, each (T,) int64; hosts may return (b, H, T)."""
         held = self._held[layer][2] if layer in self._held else 0
-        return self.schedule.scale_of_tokens()[:held], torch.arange(held)
+        return self.schedule.scale_of_tokens("cpu")[:held], torch.arange(held, device="cpu")
 
     def cache_bytes(self) -> int:
         """Bytes of the memory taken for keys and values now, filled or not yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from conformance.pruning_runs import VLMS, inputs_of
 from conformance.reference import assert_bit_equal, assert_same, recorded, reference, run
 from conformance.subjects import subject
 from conformance.test_default_dtype import PRUNING, with_option
+from next_scale import last_logits, tiny_infinity, tiny_var
 from support import tiny_llama
 from torch import Tensor
 
@@ -104,3 +106,15 @@ def test_the_windows_of_qwen2_5_vl() -> None:
 @pytest.mark.parametrize("name", CACHE_METHODS)
 def test_caches_of_language_models(name: str) -> None:
     assert_default_device_is_no_matter(subject("llama").model, small(name), subject("llama").inputs)
+
+
+@pytest.mark.parametrize("method", [None, "h2o", "snapkv", "streaming_kv", "random_kv", "cake"])
+@pytest.mark.parametrize("kind", ["var", "infinity"])
+def test_image_models_and_their_caches(kind: str, method: str | None) -> None:
+    model = tiny_var() if kind == "var" else tiny_infinity()
+    torch.manual_seed(0)
+    prompt, options = ([1, 2], {}) if kind == "var" else ([torch.randn(3, 24)], {"schedule": [1, 2, 3]})
+    with nullcontext() if method is None else accel.apply(model, method, keep=0.5):
+        wanted = last_logits(model, prompt, guidance_scale=2.0, **options)
+        with torch.device("meta"):
+            assert torch.equal(last_logits(model, prompt, guidance_scale=2.0, **options), wanted)

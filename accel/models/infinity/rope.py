@@ -10,7 +10,7 @@ from accel.models.cache import Schedule
 
 def grid_coordinates(cells: int, extent: int) -> Tensor:
     """Coordinates of `cells` cells stretched over `extent`: round(i · extent / cells), ties to even; (cells,) fp32."""
-    return (torch.arange(cells) * (extent / cells)).round()
+    return (torch.arange(cells, device="cpu") * (extent / cells)).round()
 
 
 def rope_tables(
@@ -19,7 +19,7 @@ def rope_tables(
     """cos and sin per scale, each (n_k, head_dim / 2) fp32. The first half of the pairs turns with the row, the second with the column."""
     quarter = head_dim // 4
     # frequency i of a half with head_dim/2 channels: base^(−2i / (head_dim/2))
-    frequency = base ** -(torch.arange(quarter) / quarter)
+    frequency = base ** -(torch.arange(quarter, device="cpu") / quarter)
     tables = []
     for h, w in schedule.sizes:
         rows = torch.outer(grid_coordinates(h, extent[0]), frequency)[:, None].expand(h, w, quarter)

@@ -154,7 +154,8 @@ class VAR(NextScaleModel):
         """Labels on the model's device, followed by as many null labels where guidance is on."""
         wrong = f"labels must be an int or a non-empty one-dimensional list of ints, got {labels!r}"
         try:
-            found = torch.as_tensor([labels] if isinstance(labels, int) else labels)
+            listed = [labels] if isinstance(labels, int) else labels
+            found = listed if isinstance(listed, Tensor) else torch.as_tensor(listed, device="cpu")
         # texts, None, rows of several lengths, whole numbers beyond 64 bits: torch has an error of its own for each
         except (TypeError, ValueError, RuntimeError) as error:
             raise OptionError(wrong) from error

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from accel.settings import cache_folder
+
+# how long an example takes is the machine's doing
+settings.register_profile("accel", deadline=None)
+settings.load_profile("accel")
 
 
 @pytest.fixture(autouse=True, scope="session")

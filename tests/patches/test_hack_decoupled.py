@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from head_profiles import info_of, profile_of, saved
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from next_scale import INFO, SHAPES, context, last_logits, tiny_var
 from torch import Tensor
@@ -88,7 +88,6 @@ def test_nothing_stays_that_attention_would_not_read_and_the_rest_goes_to_the_ot
     assert cache_budgets(use, planned, step=2, n_entries=14, mean=12.0, power=1.0) == [(4, 14)]
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_budgets_are_whole_bounded_and_sum_to_what_was_asked(data: st.DataObject) -> None:
     rows = ["".join(row) for row in data.draw(st.lists(st.lists(st.sampled_from("CS"), min_size=4, max_size=4), min_size=1, max_size=4))]

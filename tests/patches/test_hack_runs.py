@@ -259,7 +259,7 @@ def test_two_plans_on_one_model_do_not_meet() -> None:
     assert not torch.equal(alone[0][-1], alone[1][-1])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_list_of_scales_and_any_split_give_answers_that_hold(data: st.DataObject) -> None:
     """The cache checks each answer: ascending, in range, as many as promised. Attention is finite: nobody reads nothing."""

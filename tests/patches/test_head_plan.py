@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from accel.errors import OptionError
@@ -154,7 +154,6 @@ def problems(draw: st.DrawFn) -> Problem:
     return rows, tuple(shapes), draw(st.integers(2, max(2, total + 2))), draw(st.integers(0, min(6, total))), share
 
 
-@settings(deadline=None)
 @given(problems())
 def test_budgets_follow_the_rule_sum_to_what_was_asked_and_differ_by_at_most_one(problem: Problem) -> None:
     rows, shapes, keep, n_protected, share = problem
@@ -179,7 +178,6 @@ def test_budgets_follow_the_rule_sum_to_what_was_asked_and_differ_by_at_most_one
         assert all(budget <= total for budget in budgets)
 
 
-@settings(deadline=None)
 @given(
     alpha=st.floats(0.01, 0.99), keep=st.floats(0.01, 1), more=st.floats(0, 1), share=st.floats(0.01, 1), larger=st.floats(0, 1),
     total=st.integers(30, 12000),

@@ -54,7 +54,7 @@ def test_a_stride_that_meets_few_columns_only_becomes_a_grid() -> None:
     assert len({int(place) // 4 for place in found}) == 8
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(height=st.integers(1, 70), width=st.integers(1, 70), n=st.integers(1, 40))
 def test_a_sample_is_never_empty_and_sees_all_parts_of_a_map(height: int, width: int, n: int) -> None:
     found = query_sample(over(height, width), n)
@@ -164,7 +164,6 @@ def test_a_budget_below_the_first_entries_keeps_the_first_of_them() -> None:
     assert chosen(context(14), torch.rand(2, 4, 30), 3)[0, 0].tolist() == [0, 1, 2]
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_structural_indexes_keep_every_promise(data: st.DataObject) -> None:
     height, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))

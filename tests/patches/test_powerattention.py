@@ -53,7 +53,7 @@ patterns = st.fixed_dictionaries(
 # --- the mask -----------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(options=patterns, n=st.integers(1, 90), data=st.data())
 def test_the_mask_is_the_rule_token_by_token(options: dict, n: int, data: st.DataObject) -> None:
     q_len = data.draw(st.integers(1, n))
@@ -62,7 +62,7 @@ def test_the_mask_is_the_rule_token_by_token(options: dict, n: int, data: st.Dat
     assert torch.equal(token_mask(pattern(**options), Rows(0, 0, q_len, n))[0], want)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(options=patterns, n_blocks=st.integers(1, 200))
 def test_row_lists_ascend_without_duplicates_and_equal_the_mask(options: dict, n_blocks: int) -> None:
     plan = pattern(**options)
@@ -78,7 +78,7 @@ def test_row_lists_ascend_without_duplicates_and_equal_the_mask(options: dict, n
             assert len(row) <= s + w + max(0, i.bit_length() - 1 - (w - 1).bit_length() + 1)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(options=patterns, data=st.data())
 def test_the_mask_is_dense_exactly_up_to_its_dense_blocks(options: dict, data: st.DataObject) -> None:
     method = PowerAttention(**options)

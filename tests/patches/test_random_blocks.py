@@ -46,7 +46,7 @@ def test_a_draw_depends_on_seed_layer_and_lengths_only() -> None:
         assert 0.2 < (other == first)[torch.ones_like(first).tril() > 0].float().mean() < 0.8, name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 700), data=st.data(), density=st.floats(0.01, 1.0), block=st.sampled_from([1, 16, 64]))
 def test_each_head_reaches_the_density_to_the_nearest_tile(n: int, data: st.DataObject, density: float, block: int) -> None:
     q_len = data.draw(st.integers(1, n))

@@ -32,7 +32,7 @@ def answer(method: Streaming, q_len: list[int], kv_len: list[int]) -> tuple[Bloc
     return method.plan(torch.zeros(sum(q_len), 4, 8), keys, AttentionContext(step=here, lens=lens, scale=1.0)), lens
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     n=st.integers(1, 600), data=st.data(), sink=st.integers(0, 3), block=st.sampled_from([1, 4, 16]), density=st.floats(0.01, 1.0, exclude_min=True)
 )

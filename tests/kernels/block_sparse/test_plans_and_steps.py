@@ -28,7 +28,7 @@ def masks(draw, heads=(1, 2, 4)):
     return rows, block, mask & torch.ones(shape[1:], dtype=torch.bool).tril(rows.first_block(block))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(one_sequence(), st.integers(1, 6), st.integers(0, 3), st.booleans(), st.none() | st.integers(0, 5))
 def test_implicit_plan_lists_what_its_mask_shows(sequence, window, sink, powers, max_power):
     rows, block = sequence
@@ -40,7 +40,7 @@ def test_implicit_plan_lists_what_its_mask_shows(sequence, window, sink, powers,
         assert blocks == mask[at].nonzero()[:, 0].tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks())
 def test_list_plan_gives_back_its_mask_without_duplicates(found):
     rows, block, mask = found
@@ -62,7 +62,7 @@ def test_list_plan_refuses_a_row_longer_than_its_capacity():
         ListPlan.from_mask([mask], lens, 16, capacity=3)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(masks(heads=(1, 4)), st.booleans(), st.integers(1, 20))
 def test_steps_cover_every_listed_tile_once(found, are_alike, max_blocks):
     rows, block, mask = found
@@ -118,7 +118,7 @@ def ragged(draw):
     return Ragged.of([draw(st.integers(0, n)) for n in kv_len], kv_len)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ragged(), st.sampled_from([1, 3, 8]), st.sampled_from([1, 2, 4]), st.integers(0, 2**20))
 def test_tiles_are_counted_as_the_masks_say_and_without_reading_a_value(lens, block, heads, seed):
     g = torch.Generator().manual_seed(seed)

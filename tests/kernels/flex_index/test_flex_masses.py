@@ -85,7 +85,7 @@ def test_reference_pooling_cuts_runs_from_the_largest_distance_down():
     assert slash_block_mass(mass, rule).tolist() == [[1.0, 2.0 + 3.0 + 4.0, 5.0 + 6.0 + 7.0]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**31), st.integers(1, 400), st.floats(0.01, 0.999), st.sampled_from([0.5, 1.0, 8.0, 40.0]), st.booleans())
 def test_counting_without_a_sort_equals_counting_with_one(seed, n, share, sharpness, has_ties):
     logits = torch.randn(3, n, generator=torch.Generator().manual_seed(seed)) * sharpness
@@ -136,7 +136,7 @@ def test_zeros_and_nearly_equal_distributions_never_give_nan():
     assert js_distance(p.double(), closer).isfinite().all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.integers(1, 60))
 def test_the_distance_is_symmetric_and_bounded(seed, n):
     g = torch.Generator().manual_seed(seed)

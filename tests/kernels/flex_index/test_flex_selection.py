@@ -18,7 +18,7 @@ taus = st.sampled_from([0.0, 0.1, 0.25, 0.84])
 budgets = st.integers(0, 250)
 seeds = st.integers(0, 2**31)
 sharpnesses = st.sampled_from([0.0, 1.0, 4.0, 20.0])
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 impls = pytest.mark.parametrize("impl", ["cpu", "naive"])
 
 

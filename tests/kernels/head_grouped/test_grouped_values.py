@@ -125,7 +125,7 @@ def calls(draw: st.DrawFn) -> GroupCall:
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(call=calls(), wants_lse=st.booleans())
 def test_any_call(call, wants_lse):
     exact, exact_lse = call.exact()

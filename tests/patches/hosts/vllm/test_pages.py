@@ -38,7 +38,7 @@ def random_table(rows: int, width: int = 40) -> Tensor:
     return (torch.randperm(rows * width, generator=g) + 1).view(rows, width).to(torch.int32)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lens=st.lists(st.integers(1, 160), min_size=1, max_size=4), window=st.integers(1, 3), sink=st.integers(0, 2),
     powers=st.booleans(), max_power=st.sampled_from([None, 0, 2]), block=st.sampled_from([4, 8, 12]),

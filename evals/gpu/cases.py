@@ -102,22 +102,11 @@ def random_plan(kind: str, call: Call, block_size: int, *, seed: int = 1) -> Blo
         for rows in every:
             nq, nk = rows.query_blocks(block_size), rows.key_blocks(block_size)
             masks.append((torch.rand(n_heads, nq, nk, generator=g) < 0.4) & (causal_blocks(rows, block_size) >= 0))
-        return plan_on(ListPlan.from_mask(masks, cpu.lens, block_size), call.q.device)
+        return ListPlan.from_mask(masks, cpu.lens, block_size).to(call.q.device)
     nq, nk = max(r.query_blocks(block_size) for r in every), max(r.key_blocks(block_size) for r in every)
     vertical, slash = (torch.rand(len(every), n_heads, nk, generator=g) < 0.25 for _ in range(2))
     extra = torch.rand(len(every), n_heads, nq, nk, generator=g) < 0.2 if kind == "lines+tiles" else None
-    return plan_on(VerticalSlashPlan(block_size, vertical, slash, extra), call.q.device)
-
-
-def plan_on(plan: BlockPlan, device: torch.device | str) -> BlockPlan:
-    """A plan with its tensors on another device."""
-    if isinstance(plan, VerticalSlashPlan):
-        extra = None if plan.extra is None else plan.extra.to(device)
-        return replace(plan, vertical=plan.vertical.to(device), slash=plan.slash.to(device), extra=extra)
-    if isinstance(plan, ListPlan):
-        tensors = (plan.mask_count, plan.mask_index, plan.full_count, plan.full_index)
-        return ListPlan(plan.block_size, *(t.to(device) for t in tensors))
-    return plan
+    return VerticalSlashPlan(block_size, vertical, slash, extra).to(call.q.device)
 
 
 @dataclass(frozen=True)

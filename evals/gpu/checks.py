@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from accel.errors import UnsupportedError
-from accel.evals.gpu.cases import Call, Prompt, lines_of_density, paged, plan_on, random_plan
+from accel.evals.gpu.cases import Call, Prompt, lines_of_density, paged, random_plan
 from accel.kernels.block_sparse import BlockPlan, ContiguousKeys, ImplicitPlan, Ragged, VerticalSlashPlan, block_sparse_attention
 from accel.kernels.block_sparse.differentiable import differentiable_attention
 from accel.kernels.block_sparse.naive import naive_attention, query_rows
@@ -177,7 +177,7 @@ def check_error(attend: Attend, call: Call, kind: str, block: int) -> str:
     plan = random_plan(kind, call, block)
     out, lse = call.buffers()
     attend(call, plan, out, lse)
-    cpu, exact_call, cpu_plan = call.on_cpu(), call.on_cpu(torch.float64), plan_on(plan, "cpu")
+    cpu, exact_call, cpu_plan = call.on_cpu(), call.on_cpu(torch.float64), plan.to(torch.device("cpu"))
     exact, exact_lse = naive_attention(exact_call.q, exact_call.keys, cpu_plan, exact_call.lens, scale=call.scale, softcap=call.softcap)
     low, _ = naive_attention(cpu.q, cpu.keys, cpu_plan, cpu.lens, scale=call.scale, softcap=call.softcap)
     got, got_lse = out.double().cpu(), lse.double().cpu()
@@ -203,7 +203,7 @@ def check_gradients(p: Profile, kind: str, block: int = 16) -> str:
     call = Call.random(p.q_len, p.kv_len, heads=p.heads, head_dim=p.other_dims[0], dtype=torch.float32, device=p.device, gap=5)
     plan = random_plan(kind, call, block)
     found = []
-    for one, its_plan in ((call, plan), (call.on_cpu(torch.float64), plan_on(plan, "cpu"))):
+    for one, its_plan in ((call, plan), (call.on_cpu(torch.float64), plan.to(torch.device("cpu")))):
         assert isinstance(one.keys, ContiguousKeys)
         q, k, v = (t.detach().nan_to_num().requires_grad_() for t in (one.q, one.keys.k, one.keys.v))
         out = differentiable_attention(q, replace(one.keys, k=k, v=v), its_plan, one.lens, scale=one.scale)
@@ -230,7 +230,7 @@ def check_selection(
     assert bool(found.is_finite.all())
     assert found.diagnostics is not None
     assert want.diagnostics is not None
-    got_plan, least, different, total = plan_on(found.plan, "cpu"), 1.0, 0, 0
+    got_plan, least, different, total = found.plan.to(torch.device("cpu")), 1.0, 0, 0
     for rows, got, right in zip(exact.lens.rows(), found.diagnostics, want.diagnostics, strict=True):
         assert got is not None
         assert right is not None
